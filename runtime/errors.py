@@ -1,0 +1,21 @@
+"""What can go wrong while an artifact is checked, loaded or asked; each message is one line that says what to do."""
+
+
+class ServingError(Exception):
+    """Base of every error that the runtime raises on purpose."""
+
+
+class ArtifactError(ServingError):
+    """The folder is not an artifact that may be loaded."""
+
+
+class SessionError(ServingError):
+    """ONNX Runtime is missing, refuses the graph, or the graph does not do what this runtime expects of it."""
+
+
+class PromptError(ServingError, ValueError):
+    """What was asked cannot be turned into tokens, or does not fit into the context."""
+
+
+class SamplingError(ServingError, ValueError):
+    """A sampling parameter is out of range."""

@@ -1,0 +1,123 @@
+"""Classify texts with a classifier artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.artifact import Manifest, verify
+from runtime.errors import ArtifactError, SessionError
+from runtime.session import EncoderSession
+from runtime.tokenizer import Tokenizer
+
+BATCH_TEXTS: Final = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely class of one text.
+
+    Attributes:
+        label: its name.
+        index: its place among the logits.
+        probability: its softmax probability.
+    """
+
+    label: str
+    index: int
+    probability: float
+
+
+class TextClassifier:
+    """A loaded classifier artifact; not thread-safe."""
+
+    def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer) -> None:
+        self.manifest = manifest
+        self.session = session
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], *, threads: int | None = None, digest: str | None = None
+    ) -> TextClassifier:
+        """Verify an artifact and load it.
+
+        Args:
+            folder: the artifact.
+            threads: threads per operator; None takes what this process was given.
+            digest: the identity to insist on.
+
+        Raises:
+            ServingError: one line that says what is wrong.
+        """
+        return cls.from_verified(folder, verify(folder, digest), threads=threads)
+
+    @classmethod
+    def from_verified(
+        cls, folder: str | os.PathLike[str], manifest: Manifest, *, threads: int | None
+    ) -> TextClassifier:
+        """Load an artifact that `verify` has just returned this manifest for."""
+        if manifest.kind != "classifier":
+            raise ArtifactError(f"{folder}: is a {manifest.kind}, expected a classifier; it cannot predict labels")
+        path = Path(folder) / manifest.graphs["model"]
+        session = EncoderSession(path, threads=threads, pad_id=_pad_id(Path(folder)))
+        return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
+
+    def predict(self, texts: Sequence[str], batch: int = BATCH_TEXTS) -> list[Prediction]:
+        """Return the most likely class of each text, in the order given.
+
+        Texts longer than the model's context are cut to it.
+
+        Args:
+            texts: any number of texts.
+            batch: texts per forward pass; texts of similar length run together.
+        """
+        logits = self.logits(self.tokenizer.encode_batch(texts), batch)
+        labels = self.manifest.labels or [f"LABEL_{index}" for index in range(logits.shape[1])]
+        if len(labels) != logits.shape[1]:
+            got = f"got {logits.shape[1]} logits, expected one for each of {len(labels)} labels"
+            raise ArtifactError(f"{self.manifest.graphs['model']}: {got}; build the artifact again")
+        chosen = logits.argmax(axis=1)
+        return [
+            Prediction(labels[index], int(index), float(probability))
+            for index, probability in zip(chosen, _largest_probability(logits), strict=True)
+        ]
+
+    def logits(self, batch_of_ids: Sequence[Sequence[int]], batch: int = BATCH_TEXTS) -> NDArray[np.float32]:
+        """Return the logits `[n, labels]` of n sequences of token ids, in the order given."""
+        if batch < 1:
+            raise SessionError(f"batch: got {batch}, expected at least 1")
+        order = sorted(range(len(batch_of_ids)), key=lambda item: len(batch_of_ids[item]))
+        result = np.zeros((len(order), len(self.manifest.labels or ())), np.float32)
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            rows = self.session.run([batch_of_ids[item] for item in part])
+            if start == 0:
+                result = np.empty((len(order), rows.shape[1]), np.float32)
+            result[part] = rows
+        return result
+
+
+def _largest_probability(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return max softmax of each row `[n, labels]` -> `[n]`."""
+    if not logits.size:
+        return np.zeros(len(logits))
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    probabilities: NDArray[np.float64] = 1 / np.exp(shifted).sum(axis=1)
+    return probabilities
+
+
+def _pad_id(folder: Path) -> int:
+    """Return the padding id of `config.json`: models that count positions from it need the right one."""
+    try:
+        pad_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return pad_id if type(pad_id) is int else 0

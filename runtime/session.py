@@ -1,0 +1,269 @@
+"""One forward pass: token ids in, logits out, on ONNX Runtime's CPU provider.
+
+A session owns the buffers its graph reads and writes. They are bound once; a decode step writes three numbers in place,
+runs, and reads the logits where the graph left them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime.errors import SessionError
+from runtime.threads import default_threads
+
+_PAST: Final = re.compile(r"past\.(\d+)\.(key|value)")
+_SMALL: Final = ("input_ids", "seqlens_k", "total_sequence_length", "logits_positions")
+_ENCODER: Final = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def open_graph(model: str | os.PathLike[str], threads: int | None = None) -> Any:
+    """Load a graph and return the `onnxruntime.InferenceSession`.
+
+    Args:
+        model: path of an .onnx file; its external data lies beside it.
+        threads: threads per operator; None takes `default_threads()`.
+    """
+    path = Path(model)
+    if not path.is_file():
+        raise SessionError(f"{path}: no such file; expected an ONNX graph")
+    onnxruntime = _import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = default_threads() if threads is None else threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors: its warnings speak to people who build graphs
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes share no base but Exception
+        raise SessionError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from None
+
+
+def _import_onnxruntime() -> Any:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, while the library loads
+    try:
+        import onnxruntime
+    except ImportError as error:
+        hint = "install it with: pip install 'optimize-models[cpu]'"
+        raise SessionError(f"runtime: onnxruntime cannot be imported ({_first_line(error)}); {hint}") from None
+    return onnxruntime
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a decoder graph's own inputs and outputs say."""
+
+    small: tuple[str, ...]
+    layers: int
+    heads: int
+    head_width: int
+    vocabulary: int
+
+
+class DecoderSession:
+    """One sequence on a decoder graph, with a key/value cache shared between input and output.
+
+    The cache holds positions 0..capacity-1. A caller says with `past` how many of them count: going back is free, and a
+    new sequence starts with `past=0`. Not thread-safe.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], *, capacity: int, threads: int | None = None) -> None:
+        """Load the graph and reserve the cache.
+
+        Args:
+            model: path of the .onnx file; layers, heads and head width are read from its inputs.
+            capacity: most tokens of one sequence. Memory is taken as tokens are written, where the system allows.
+            threads: threads per operator; None takes `default_threads()`.
+
+        Raises:
+            SessionError: when the graph cannot be loaded or is no decoder graph.
+        """
+        if capacity < 1:
+            raise SessionError(f"capacity: got {capacity}, expected at least 1 token")
+        self._session = open_graph(model, threads)
+        signature = _decoder_signature(Path(model), self._session)
+        self.capacity = capacity
+        self.layers, self.heads, self.head_width = signature.layers, signature.heads, signature.head_width
+        self.vocabulary = signature.vocabulary
+        self._cache = _reserve_cache(signature, capacity)
+        self._decode = _Binding(self._session, signature, self._cache, tokens=1, rows=1)
+        self._chunk: _Binding | None = None
+
+    def step(self, token: int, past: int) -> NDArray[np.float32]:
+        """Run one token at position `past`, after `past` tokens already in the cache.
+
+        Returns:
+            Its logits `[V]`: a view that the next call overwrites.
+        """
+        if not 0 <= past < self.capacity:
+            raise SessionError(f"step: got position {past}, expected 0 to {self.capacity - 1}, the cache's capacity")
+        logits: NDArray[np.float32] = self._decode.run(token, past)[0]
+        return logits
+
+    def run(self, ids: ArrayLike, past: int = 0, rows: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Run a chunk of tokens after the `past` tokens already in the cache.
+
+        Args:
+            ids: token ids `[T]`, T >= 1; they take positions past..past+T-1.
+            past: number of tokens in the cache that count.
+            rows: which of the T positions to return logits for, `[R]`, R >= 1; None for all of them.
+
+        Returns:
+            Logits `[R, V]`: a view that the next call overwrites.
+        """
+        tokens = np.asarray(ids, np.int64).reshape(-1)
+        wanted = np.arange(tokens.size) if rows is None else np.asarray(rows, np.int64).reshape(-1)
+        if past < 0 or tokens.size < 1 or past + tokens.size > self.capacity:
+            got = f"{tokens.size} tokens after {past}"
+            raise SessionError(f"run: got {got}, expected at least 1 and at most {self.capacity} in all")
+        if wanted.size < 1 or wanted.min() < 0 or wanted.max() >= tokens.size:
+            raise SessionError(f"run: rows: got {wanted.tolist()}, expected positions 0 to {tokens.size - 1}")
+        if tokens.size == wanted.size == 1:
+            return self._decode.run(int(tokens[0]), past)
+        if self._chunk is None:
+            self._chunk = self._decode.sibling(tokens.size, wanted.size)
+        self._chunk.resize(tokens.size, wanted.size)
+        return self._chunk.run(tokens, past, wanted)
+
+
+class _Binding:
+    """An IOBinding with its small inputs and logits; the cache stays bound while the lengths change."""
+
+    def __init__(
+        self, session: Any, signature: _Signature, cache: Mapping[str, Any], *, tokens: int, rows: int
+    ) -> None:
+        self._session, self._signature, self._cache = session, signature, cache
+        self._binding = session.io_binding()
+        for name, buffer in cache.items():
+            self._binding.bind_ortvalue_input(f"past.{name}", buffer)
+            self._binding.bind_ortvalue_output(f"present.{name}", buffer)
+        self._lengths = np.zeros(1, np.int32)  # seqlens_k [B]
+        self._total = np.ones(1, np.int32)
+        self._bind("seqlens_k", self._lengths)
+        self._bind("total_sequence_length", self._total)
+        self._tokens = self._rows = 0
+        self.resize(tokens, rows)
+
+    def sibling(self, tokens: int, rows: int) -> _Binding:
+        """Return a second binding on the same session and cache."""
+        return _Binding(self._session, self._signature, self._cache, tokens=tokens, rows=rows)
+
+    def resize(self, tokens: int, rows: int) -> None:
+        """Rebind what depends on the number of tokens [1, T] and of rows [R]."""
+        if tokens != self._tokens:
+            self._ids = np.zeros((1, tokens), np.int64)
+            self._bind("input_ids", self._ids)
+        if rows != self._rows:
+            self._positions = np.zeros(rows, np.int64)
+            self._logits = np.empty((rows, self._signature.vocabulary), np.float32)
+            self._bind("logits_positions", self._positions)
+            self._binding.bind_ortvalue_output("logits", _on_cpu(self._logits))
+        self._tokens, self._rows = tokens, rows
+
+    def run(self, ids: int | NDArray[np.int64], past: int, rows: NDArray[Any] | None = None) -> NDArray[np.float32]:
+        self._ids[0] = ids
+        if rows is not None:
+            self._positions[:] = rows
+        self._lengths[0] = past + self._tokens - 1
+        self._total[0] = past + self._tokens
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+    def _bind(self, name: str, array: NDArray[Any]) -> None:
+        if name in self._signature.small:
+            self._binding.bind_ortvalue_input(name, _on_cpu(array))
+
+
+def _reserve_cache(signature: _Signature, capacity: int) -> dict[str, Any]:
+    """Return one buffer [1, K, capacity, E] per layer and side; untouched pages of large ones take no memory."""
+    shape = (1, signature.heads, capacity, signature.head_width)
+    names = [f"{layer}.{side}" for layer in range(signature.layers) for side in ("key", "value")]
+    try:
+        return {name: _on_cpu(np.zeros(shape, np.float32)) for name in names}
+    except MemoryError:
+        size = len(names) * int(np.prod(shape, dtype=np.int64)) * 4 >> 20
+        raise SessionError(f"capacity: {capacity} tokens need {size} MiB of cache; ask for a smaller context") from None
+
+
+def _on_cpu(array: NDArray[Any]) -> Any:
+    """Return an OrtValue that shares the array's memory and keeps the array alive."""
+    return _import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+
+def _decoder_signature(path: Path, session: Any) -> _Signature:
+    past = {item.name: item for item in session.get_inputs() if _PAST.fullmatch(item.name)}
+    others = [item.name for item in session.get_inputs() if item.name not in past]
+    outputs = {item.name: item for item in session.get_outputs()}
+    layers = len(past) // 2
+    names = {f"{layer}.{side}" for layer in range(layers) for side in ("key", "value")}
+    if layers == 0 or set(past) != {f"past.{name}" for name in names}:
+        raise SessionError(
+            f"{path}: is no decoder graph, got the inputs {others}, expected past.0.key, past.0.value, ..."
+        )
+    if missing := sorted({"logits", *(f"present.{name}" for name in names)} - set(outputs)):
+        raise SessionError(f"{path}: lacks the output {missing[0]}; export it again")
+    if unknown := sorted(set(others) - set(_SMALL)):
+        raise SessionError(f"{path}: unknown input {unknown[0]!r}, expected {', '.join(_SMALL)}; export it again")
+    if missing := sorted({"input_ids", "logits_positions"} - set(others)):
+        raise SessionError(f"{path}: lacks the input {missing[0]}; export it again")
+    if wrong := [name for name, item in past.items() if item.type != "tensor(float)"]:
+        raise SessionError(f"{path}: {wrong[0]}: got {past[wrong[0]].type}, expected a float32 cache")
+    heads, _, head_width = past["past.0.key"].shape[1:]
+    vocabulary = outputs["logits"].shape[-1]
+    if not all(isinstance(size, int) for size in (heads, head_width, vocabulary)):
+        got = [heads, head_width, vocabulary]
+        raise SessionError(f"{path}: got heads, head width, vocabulary {got}, expected fixed sizes; export it again")
+    return _Signature(tuple(others), layers, heads, head_width, vocabulary)
+
+
+class EncoderSession:
+    """Batches of whole sequences on an encoder graph. Not thread-safe."""
+
+    def __init__(self, model: str | os.PathLike[str], *, threads: int | None = None, pad_id: int = 0) -> None:
+        """Load the graph.
+
+        Args:
+            model: path of the .onnx file.
+            threads: threads per operator; None takes `default_threads()`.
+            pad_id: the token id written where a sequence is shorter than the longest of its batch.
+
+        Raises:
+            SessionError: when the graph cannot be loaded or is no encoder graph.
+        """
+        self._session = open_graph(model, threads)
+        self._inputs = [item.name for item in self._session.get_inputs()]
+        self._pad_id = pad_id
+        self.output: str = self._session.get_outputs()[0].name
+        if unknown := sorted(set(self._inputs) - set(_ENCODER)):
+            expected = ", ".join(_ENCODER)
+            raise SessionError(f"{Path(model)}: is no encoder graph, unknown input {unknown[0]!r}, expected {expected}")
+
+    def run(self, batch: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the graph's first output for B sequences of ids, right-padded to the longest of them (T tokens).
+
+        Returns:
+            `[B, labels]` of a classifier, `[B, T, D]` of a graph that ends in hidden states; a fresh array.
+        """
+        if not batch or not all(len(ids) for ids in batch):
+            raise SessionError("run: got an empty batch or sequence, expected at least one token each")
+        shape = (len(batch), max(len(ids) for ids in batch))
+        feed = {
+            "input_ids": np.full(shape, self._pad_id, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+        }
+        for row, ids in enumerate(batch):
+            feed["input_ids"][row, : len(ids)] = ids
+            feed["attention_mask"][row, : len(ids)] = 1
+        result = self._session.run([self.output], {name: feed[name] for name in self._inputs})
+        return np.asarray(result[0], np.float32)

@@ -1,0 +1,148 @@
+"""Text to token ids and back, by the artifact's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.chat_template import ChatTemplate, Message
+from runtime.errors import ArtifactError, PromptError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The tokenizer of an artifact, with padding off and truncation only where it was asked for."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+        self._backend = backend
+        self._chat_template = chat_template
+        bytes_written_out = (backend.token_to_id(f"<0x{value:02X}>") for value in range(256))
+        self._byte_ids = frozenset(token for token in bytes_written_out if token is not None)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, content in added.items() if content.special)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], max_tokens: int | None = None) -> Tokenizer:
+        """Read `tokenizer.json` and the chat template, if there is one.
+
+        Args:
+            folder: an artifact, or any folder with these files.
+            max_tokens: cut longer texts to so many ids, special ones kept; None never cuts.
+
+        Raises:
+            ArtifactError: when a file is missing or cannot be read.
+        """
+        import tokenizers
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ArtifactError(f"{path}: is missing; build the artifact again")
+        try:
+            backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises Exception itself
+            raise ArtifactError(f"{path}: cannot be read: {error}; build the artifact again") from None
+        backend.no_padding()
+        backend.no_truncation()
+        if max_tokens is not None:
+            backend.enable_truncation(max_tokens)
+        return cls(backend, ChatTemplate.load(Path(folder)))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids with a text; a graph may have more, rounded up to a convenient size."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be used."""
+        return self._chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with the special tokens that the model expects around it."""
+        return self._backend.encode(_unicode(text)).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as `encode` does."""
+        return [encoding.ids for encoding in self._backend.encode_batch([_unicode(text) for text in texts])]
+
+    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """Return the ids of a conversation, ending where the assistant's answer begins.
+
+        Raises:
+            PromptError: when there is no chat template or it refuses the messages.
+        """
+        if self._chat_template is None:
+            raise PromptError("messages: this artifact has no chat template; give a plain prompt instead")
+        text = self._chat_template.render(messages, **variables)
+        return self._backend.encode(_unicode(text), add_special_tokens=False).ids  # the template writes them itself
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def detokenizer(self) -> Detokenizer:
+        """Return a fresh incremental decoder."""
+        return Detokenizer(self)
+
+    def joins_bytes(self, token: int, before: bool) -> bool:
+        """Whether the text of the ids up to `token` may still change with the next one, `before` being the last answer.
+
+        Tokens written `<0xE2>` are decoded together, a run of them at a time; special tokens are left out and so do
+        not end a run.
+        """
+        return token in self._byte_ids or (before and token in self._special_ids)
+
+
+class Detokenizer:
+    """Turns a growing list of ids into pieces of text that are final.
+
+    No piece ends within a character, and the pieces joined equal `Tokenizer.decode` of all ids. Only the ids since the
+    last but one piece are decoded again, so a token costs the same at any length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last piece's ids, for decoders that look one token back, then those since
+        self._context = 0  # how many of them are the last piece's
+        self._sent = 0  # characters of their text that were returned already
+        self._in_bytes = False
+
+    def add(self, token: int) -> str:
+        """Take one id and return the text it completes, often empty."""
+        self._ids.append(token)
+        self._in_bytes = self._tokenizer.joins_bytes(token, self._in_bytes)
+        if self._in_bytes:
+            return ""
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(_REPLACEMENT):  # bytes of a character whose rest may follow
+            return self._take(text[:-1])
+        piece = self._take(text)
+        if piece:
+            del self._ids[: self._context]
+            self._context = len(self._ids)
+            self._sent = len(self._tokenizer.decode(self._ids))
+        return piece
+
+    def finish(self) -> str:
+        """Return what is left: bytes that never became a character read as U+FFFD."""
+        return self._take(self._tokenizer.decode(self._ids))
+
+    def _take(self, final: str) -> str:
+        piece = final[self._sent :]
+        self._sent = max(self._sent, len(final))
+        return piece
+
+
+def _unicode(text: str) -> str:
+    """Return the text, or say that it holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"prompt: is not valid Unicode at character {error.start}; remove that character") from None
+    return text

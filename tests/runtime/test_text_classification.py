@@ -1,0 +1,56 @@
+"""Prediction through the public door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import load
+from runtime.artifact import verify
+from runtime.errors import ArtifactError
+from runtime.generation import TextGenerator
+from runtime.prediction import TextClassifier
+
+TEXTS = ["the quick brown fox", "日本語", "x", "", "привет мир " * 100]
+
+
+def test_load_gives_a_classifier_for_a_format_1_artifact(classifier_folder: Path) -> None:
+    assert isinstance(load(classifier_folder, threads=1), TextClassifier)
+    assert verify(classifier_folder).labels == ("weather", "music", "travel")
+
+
+def test_a_prediction_is_the_largest_softmax(classifier: TextClassifier) -> None:
+    (prediction,) = classifier.predict(["the quick"])
+    logits = classifier.logits([classifier.tokenizer.encode("the quick")])[0].astype(float)
+    assert prediction.index == logits.argmax()
+    assert prediction.label == ("weather", "music", "travel")[prediction.index]
+    assert prediction.probability == pytest.approx(np.exp(logits).max() / np.exp(logits).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32])
+def test_answers_come_in_the_order_asked_whatever_the_batch(classifier: TextClassifier, batch: int) -> None:
+    together = classifier.predict(TEXTS, batch)
+    for text, got in zip(TEXTS, together, strict=True):
+        (alone,) = classifier.predict([text])
+        assert got.label == alone.label
+        assert got.probability == pytest.approx(alone.probability, abs=1e-5)  # padding: another order of summation
+
+
+def test_long_texts_are_cut_to_the_context_and_keep_their_special_tokens(classifier: TextClassifier) -> None:
+    ids = classifier.tokenizer.encode("привет мир " * 100)
+    assert (len(ids), ids[0], ids[-1]) == (64, 1, 2)
+
+
+def test_no_texts_give_no_predictions(classifier: TextClassifier) -> None:
+    assert classifier.predict([]) == []
+
+
+def test_a_decoder_does_not_predict_and_a_classifier_does_not_generate(
+    decoder_folder: Path, classifier_folder: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="is a decoder, expected a classifier"):
+        TextClassifier.load(decoder_folder)
+    with pytest.raises(ArtifactError, match="is a classifier, expected a decoder"):
+        TextGenerator.load(classifier_folder)

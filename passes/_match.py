@@ -1,0 +1,136 @@
+"""Match and rewrite places of a graph: a place that does not fit says why, and stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from passes._graph import extents, initializer, lazy, load_graph, save_graph, tidy
+from passes._parity import GraphRunner, range_error
+from passes.base import Context, GraphPass, Model, PassError, PassResult
+
+TOLERANCE = 1e-5
+"""Largest error over the range of the output. A fused kernel sums in another order: 1e-7 to 1e-6 measured."""
+SPLITS = (9, 5, 1, 1, 4, 1)
+
+
+class Refusal(Exception):
+    """A place does not fit; the message is the reason."""
+
+
+def made_by(value: ir.Value | None, *kinds: str) -> ir.Node:
+    """Return the node that makes `value`, or refuse unless it is one of `kinds`."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in kinds:
+        name = "a missing input" if value is None else value.name
+        raise Refusal(f"{name} comes from {node.op_type if node else 'outside'}, expected {' or '.join(kinds)}")
+    return node
+
+
+def used_by(value: ir.Value, kind: str) -> ir.Node:
+    """Return the one node of op type `kind` that uses `value`, or refuse."""
+    users = [use.node for use in value.uses() if use.node.op_type == kind]
+    if len(users) != 1:
+        raise Refusal(f"{value.name} is used by {len(users)} {kind} nodes, expected one")
+    return users[0]
+
+
+def constant(value: ir.Value | None) -> NDArray[Any]:
+    """Return the numbers of a constant, or refuse."""
+    if value is None or value.const_value is None:
+        raise Refusal(f"{value.name if value else 'a missing input'} is no constant")
+    return value.const_value.numpy()
+
+
+def other(node: ir.Node, value: ir.Value | None) -> ir.Value:
+    """Return the other operand of a node of two, or refuse if `value` is none of them."""
+    first, second = node.inputs
+    if value is not None and first is not None and second is not None:
+        if first is value:
+            return second
+        if second is value:
+            return first
+    raise Refusal(f"{node.name} does not take {value.name if value else 'its input'}")
+
+
+def require(condition: bool, reason: str) -> None:
+    """Refuse with `reason` unless the condition holds."""
+    if not condition:
+        raise Refusal(reason)
+
+
+def insert(graph: ir.Model, before: ir.Node, node: ir.Node) -> None:
+    """Put a new node in front of another."""
+    graph.graph.insert_before(before, node)
+
+
+def new_constant(graph: ir.Model, name: str, value: NDArray[Any]) -> ir.Value:
+    """Return the initializer `name`, added with `value` unless the graph has it."""
+    if name not in graph.graph.initializers:
+        graph.graph.initializers[name] = initializer(ir.Tensor(value, name=name))
+    return graph.graph.initializers[name]
+
+
+def joined(graph: ir.Model, name: str, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+    """Return a new initializer of `parts` side by side along `axis`, read part by part when the graph is written."""
+    tensors = [part.const_value for part in parts]
+    shapes = [extents(tensor) for tensor in tensors if tensor is not None]
+    require(len(shapes) == len(parts), f"one of {', '.join(str(part.name) for part in parts)} is no constant")
+    shape = list(shapes[0])
+    shape[axis] = sum(each[axis] for each in shapes)
+
+    def read() -> NDArray[Any]:
+        return np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None], axis)
+
+    dtype = tensors[0].dtype  # type: ignore[union-attr]
+    value = initializer(lazy(name, tuple(shape), dtype, read))
+    graph.graph.initializers[name] = value
+    return value
+
+
+def run_rewrite(step: GraphPass, model: Model, ctx: Context) -> PassResult:
+    """Try every site; write the graph, or refuse with the first reason when no site fits."""
+    graph = load_graph(model.folder)
+    sites = list(step.sites(graph))
+    nodes = len(list(graph.graph))
+    matched, first_refusal = 0, ""
+    for place, node in enumerate(sites):
+        try:
+            step.rewrite(node, graph, model)
+            matched += 1
+        except Refusal as refusal:
+            first_refusal = first_refusal or f"site {place}: {refusal}"
+        ctx.progress(place + 1, len(sites), "sites")
+    if not matched:
+        reason = f"; first refusal: {first_refusal}" if first_refusal else ""
+        raise PassError(f"{step.name()}: matched 0 of {len(sites)} sites{reason}")
+    tidy(graph)
+    save_graph(graph, ctx.workdir)
+    changes = {"matched": matched, "refused": len(sites) - matched, "nodes_removed": nodes - len(list(graph.graph))}
+    return PassResult(replace(model, folder=ctx.workdir), changes, first_refusal)
+
+
+def require_same_numbers(step: GraphPass, before: Model, after: Model, ctx: Context) -> None:
+    """Raise PassError when the two graphs differ on random ids by more than rounding."""
+    rng = np.random.default_rng(ctx.seed)
+    vocabulary = int(before.config["vocab_size"])
+    run: Callable[[GraphRunner], NDArray[Any]]
+    runner = GraphRunner(before.folder, ctx.threads)
+    if "logits_positions" in runner.inputs:
+        ids = rng.integers(0, vocabulary, sum(SPLITS)).tolist()
+        run = lambda r: r.decode(ids, SPLITS)  # noqa: E731
+    else:
+        from passes._lower import encoder_inputs
+
+        feed = encoder_inputs(rng, vocabulary)
+        run = lambda r: r.encode(feed)  # noqa: E731
+    want = run(runner)
+    del runner
+    error = range_error(run(GraphRunner(after.folder, ctx.threads)), want)
+    if not error <= TOLERANCE:
+        raise PassError(f"{step.name()}: numbers moved by {error:.1e} of their range, expected at most {TOLERANCE:.0e}")

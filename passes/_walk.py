@@ -1,0 +1,186 @@
+"""Walk a model block by block: only one block's weights are in memory, whatever the model's depth.
+
+Every forward pass runs the model's own code in a thread of its own, and all of them move in lockstep: each stops
+where it is about to enter a block, that block is loaded once for all, each runs through it, the block is freed.
+So nothing is assumed of how a family hands masks, positions or caches from block to block. One thread runs at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from passes._files import atomic_write
+from passes._quantized import LayerSpec, QuantizedLayer, write_specs
+from passes._safetensors import (
+    INDEX_NAME,
+    SafetensorsError,
+    read_header,
+    read_metadata,
+    read_tensor,
+    write_safetensors,
+)
+from passes._skeleton import Skeleton
+from passes.base import BlockPass, Context, Model, PassResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Result = TypeVar("Result")
+
+
+def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Result]]) -> Iterator[tuple[int, Result]]:
+    """Run every function of `forwards` on the model, one block in memory at a time; yield (index, result) as they end.
+
+    The tensors outside the blocks (embedding, final norm, head) stay in memory for the whole walk.
+    """
+    names = {id(skeleton.module.get_submodule(name)): name for name in skeleton.blocks}
+    travellers = [_Traveller(skeleton.module, forward) for forward in forwards]
+    hooks = [
+        skeleton.module.get_submodule(name).register_forward_pre_hook(
+            lambda module, _: _Traveller.current().stop_before(names[id(module)])
+        )
+        for name in skeleton.blocks
+    ]
+    try:
+        with skeleton.loaded(*skeleton.outside()):
+            yield from _advance(travellers, list(range(len(travellers))))
+            while waiting := [index for index, t in enumerate(travellers) if t.before is not None]:
+                block = travellers[waiting[0]].before
+                assert block is not None
+                with skeleton.loaded(block):
+                    yield from _advance(travellers, [i for i in waiting if travellers[i].before == block])
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for traveller in travellers:
+            traveller.abandon()
+
+
+def _advance(travellers: Sequence[_Traveller[Result]], indices: Sequence[int]) -> Iterator[tuple[int, Result]]:
+    """Move some of the travellers to their next block; hand out the results of those that end."""
+    for index in indices:
+        travellers[index].advance()
+        if travellers[index].before is None:
+            yield index, travellers[index].take_result()
+
+
+class _Abandoned(BaseException):
+    """Unwinds a forward pass that nobody waits for any more."""
+
+
+class _Traveller(Generic[Result]):
+    """One forward pass in a thread that runs only between `advance` and the next block."""
+
+    _local = threading.local()
+
+    def __init__(self, module: PreTrainedModel, forward: Callable[[PreTrainedModel], Result]) -> None:
+        self.before: str | None = None  # the block it is about to enter; None before the first step and at the end
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._abandoned = False
+        self._result: list[Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(module, forward), daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def current(cls) -> _Traveller[Any]:
+        traveller: _Traveller[Any] = cls._local.traveller
+        return traveller
+
+    def advance(self) -> None:
+        """Run until the next block is reached or the forward pass has ended; raise what it raised."""
+        self._go.release()
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop_before(self, block: str) -> None:
+        """Called in the thread, on the way into a block."""
+        self.before = block
+        self._stopped.release()
+        self._go.acquire()
+        self.before = None
+        if self._abandoned:
+            raise _Abandoned
+
+    def take_result(self) -> Result:
+        """Return what the forward pass returned, and keep no hold on it."""
+        return self._result.pop()
+
+    def abandon(self) -> None:
+        if self._thread.is_alive():
+            self._abandoned = True
+            self._go.release()
+            self._thread.join()
+
+    def _run(self, module: PreTrainedModel, forward: Callable[[PreTrainedModel], Result]) -> None:
+        self._local.traveller = self
+        self._go.acquire()
+        try:
+            if not self._abandoned:
+                with torch.inference_mode():
+                    self._result.append(forward(module))
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.before = None
+            self._stopped.release()
+
+
+def run_blocks(step: BlockPass, model: Model, ctx: Context) -> PassResult:
+    """Run a BlockPass: load each part of the model, let the pass change it, write it to a file of its own.
+
+    A file that is already there was finished by an earlier run that was killed, and is kept.
+    """
+    skeleton = Skeleton(model)
+    parts = skeleton.outside() + skeleton.blocks
+    specs = dict(skeleton.specs)
+    weight_map: dict[str, str] = {}
+    for done, name in enumerate(parts):
+        path = ctx.workdir / f"{name}.safetensors"
+        if not _is_complete(path):
+            with skeleton.loaded_as_stored(name), torch.inference_mode():
+                layers = step.run_block(name, skeleton.module, ctx)
+                tensors = _part(skeleton, name, layers)
+                written = {layer: asdict(new.spec) for layer, new in layers.items()}
+                write_safetensors(path, tensors, {"quantization": json.dumps(written, sort_keys=True)})
+        specs |= {
+            layer: LayerSpec.parse(spec) for layer, spec in json.loads(read_metadata(path)["quantization"]).items()
+        }
+        weight_map |= dict.fromkeys(read_header(path), path.name)
+        ctx.progress(done + 1, len(parts), "parts")
+    write_specs(ctx.workdir, specs)
+    index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
+    atomic_write(ctx.workdir / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
+    new = len(specs) - len(skeleton.specs)
+    return PassResult(replace(model, folder=ctx.workdir), {"layers_quantized": new})
+
+
+def _part(skeleton: Skeleton, name: str, layers: Mapping[str, QuantizedLayer]) -> dict[str, torch.Tensor]:
+    """Return what is stored of one part: quantized layers as given, all else as it was, tied tensors by their owner."""
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in skeleton.tensors(name):
+        if not skeleton.owns(name, tensor):
+            continue
+        layer, _, leaf = tensor.rpartition(".")
+        if layer in layers and leaf == "weight":
+            tensors |= {f"{layer}.{leaf}": value for leaf, value in layers[layer].stored.items()}
+        else:
+            tensors[tensor] = read_tensor(skeleton.entries[skeleton.stored_name(tensor)])
+    return tensors
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return path.exists() and read_header(path) is not None
+    except SafetensorsError:
+        return False

@@ -1,0 +1,193 @@
+"""What a pass is: a frozen dataclass whose fields are its options, and four questions the driver asks it.
+
+`requires` says whether the model can be taken, `estimate` what would happen, `run` does it, `ensures` proves it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import nn
+
+    from passes._quantized import QuantizedLayer
+
+
+class PassError(Exception):
+    """A pass cannot do its work on this model; the message says where, what and what to do."""
+
+
+class Progress(Protocol):
+    """Receives how far a pass has come."""
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Report that `done` of `total` units, each a `what`, are finished."""
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    """Ignore the report."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A point between two passes: the form a model has, and for graphs the operator set it speaks."""
+
+    name: str
+    dialect: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dialect})" if self.dialect else self.name
+
+
+TORCH = Stage("torch")
+ONNX = Stage("onnx", "ort")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A handle on a model between two passes: files and configuration, never the weights in memory.
+
+    Attributes:
+        stage: the form of the files in `folder`.
+        folder: at stage torch, safetensors files with `config.json` and, once quantized, `quantization.json`;
+            at stage onnx, `model.onnx` and `model.onnx.data`. Never written to once the pass that made it is done.
+        assets: folder with tokenizer, chat template, generation config and licence; usually the source's.
+        config: the content of the model's `config.json`.
+    """
+
+    stage: Stage
+    folder: Path
+    assets: Path
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a pass may use besides its own fields.
+
+    `workdir` is an empty folder, or what a killed run of the same pass on the same input left there.
+    """
+
+    workdir: Path
+    source: Model
+    device: str = "cpu"
+    threads: int = 1
+    seed: int = 0
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The new model and what was changed, such as `{"layers_quantized": 42}`.
+
+    `note` is one line worth telling, such as why some places were left as they were.
+    """
+
+    model: Model
+    changes: Mapping[str, int]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a pass would do, from configuration and headers alone.
+
+    Attributes:
+        matches: number of places it would change.
+        bytes: size of the model's weights afterwards.
+        peak_bytes: most memory it would need at once.
+    """
+
+    matches: int
+    bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One step of the pipeline. Fields are the keys a recipe may set; `__post_init__` checks their ranges."""
+
+    reads: ClassVar[Stage]
+    writes: ClassVar[Stage]
+
+    optional: bool = field(default=False, metadata={"help": "report a refusal and go on, instead of stopping"})
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the recipe key: the class name in snake case, which is also the file's name."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def requires(self, model: Model) -> None:
+        """Raise PassError when this model cannot be taken."""
+
+    def estimate(self, model: Model) -> Estimate:
+        """Say what `run` would do, without reading weights."""
+        raise NotImplementedError
+
+    def run(self, model: Model, ctx: Context) -> PassResult:
+        """Write the new model into `ctx.workdir`. A function of (model, fields, ctx); the input stays as it was."""
+        raise NotImplementedError
+
+    def ensures(self, before: Model, after: Model, ctx: Context) -> None:
+        """Raise PassError when `after` is not what this pass promises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPass(Pass):
+    """A pass at stage torch that changes one part of the model at a time, and needs the memory of one."""
+
+    reads: ClassVar[Stage] = TORCH
+    writes: ClassVar[Stage] = TORCH
+
+    def run_block(self, name: str, module: nn.Module, ctx: Context) -> Mapping[str, QuantizedLayer]:
+        """Return module name -> its new form for the layers of part `name` (a block, or a module outside the blocks).
+
+        Only the weights of that part are in memory, in the dtype they are stored in; all others are on the meta device.
+        """
+        raise NotImplementedError
+
+    def run(self, model: Model, ctx: Context) -> PassResult:
+        """Walk over the parts, each written to a file of its own as it is done."""
+        from passes._walk import run_blocks
+
+        return run_blocks(self, model, ctx)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPass(Pass):
+    """A pass that rewrites places of an ONNX graph, each on its own: a place that does not fit is left as it was."""
+
+    reads: ClassVar[Stage] = ONNX
+    writes: ClassVar[Stage] = ONNX
+
+    def sites(self, graph: ir.Model) -> Sequence[ir.Node]:
+        """Return the nodes at which `rewrite` is tried, in the graph's order."""
+        raise NotImplementedError
+
+    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> None:
+        """Rewrite one place; raise `passes._match.Refusal` before anything is changed when it does not fit."""
+        raise NotImplementedError
+
+    def estimate(self, model: Model) -> Estimate:
+        """Expect one match per block and no change of size."""
+        from passes._skeleton import Skeleton
+
+        skeleton = Skeleton(model)
+        return Estimate(len(skeleton.blocks), sum(entry.nbytes for entry in skeleton.entries.values()), 0)
+
+    def run(self, model: Model, ctx: Context) -> PassResult:
+        """Rewrite every place that fits; refuse when none does."""
+        from passes._match import run_rewrite
+
+        return run_rewrite(self, model, ctx)
+
+    def ensures(self, before: Model, after: Model, ctx: Context) -> None:
+        """Check that the numbers are kept."""
+        from passes._match import require_same_numbers
+
+        require_same_numbers(self, before, after, ctx)

@@ -1,0 +1,357 @@
+"""The command line: `optimize RECIPE`, and the commands beside it. Thin; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import errno
+import json as json_format
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from optimizer.errors import CommandError, ExitCode, OptimizeError
+
+_EXTRAS = {
+    "cpu": {"onnxruntime"},
+    "optimize": {
+        *("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx", "onnx_ir", "onnxscript"),
+        *("optimum", "datasets", "evaluate", "sklearn", "scipy"),
+    },
+}
+
+
+class RecipeFirst(TyperGroup):
+    """Takes a first argument that is no command as the recipe of `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `run` before a recipe or its options."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RecipeFirst,
+    help="Lower a Hugging Face model, pass by pass, to a small fast artifact, with a gate after every pass."
+    "\n\n`optimize recipe.yaml` runs a recipe; `optimize run --help` lists its options.",
+    subcommand_metavar="RECIPE | COMMAND [ARGS]...",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe: passes.0.group_size=32. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")]
+StoreFolder = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Where passes keep their work; else OPTIMIZE_STORE.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all this process may use if not given.")]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    *,
+    settings: Settings = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the artifact goes; artifacts/NAME if not given.")
+    ] = None,
+    store: StoreFolder = None,
+    stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no further than this pass.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the artifact even when a gate did not pass.")] = False,
+    json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")] = False,
+) -> int:
+    """Run a recipe. The word `run` may be left out.
+
+    Exit codes: 0 every gate passed, 1 a gate failed, 2 the recipe or the command line is wrong, 3 inconclusive,
+    4 it could not be run, 70 a bug, 130 Ctrl-C.
+    """
+    import optimizer
+
+    if not recipe.exists() and recipe.suffix not in {".yaml", ".yml"}:
+        raise CommandError(_no_such(str(recipe)))
+    reporter: Literal["live", "plain"] = "live" if sys.stderr.isatty() else "plain"
+    done = optimizer.run(
+        recipe,
+        settings or (),
+        output=output,
+        store=store,
+        stop_after=stop_after,
+        keep=keep,
+        reporter="quiet" if quiet or json else reporter,
+    )
+    if json:
+        typer.echo(done.to_json())
+    return int(done.exit_code)
+
+
+@app.command()
+def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) -> int:
+    """Say what a recipe would do, without doing it.
+
+    Reads configuration and headers only. Exit code 4 when a pass refuses the model.
+    """
+    from optimizer.recipe import load
+
+    checked = load(recipe, settings or ())
+
+    from dataclasses import asdict
+
+    from optimizer.plan import plan as plan_steps
+    from optimizer.plan import plan_lines
+    from optimizer.source import load_source
+
+    steps = plan_steps(checked, load_source(checked.model, checked.model_folder).model)
+    lines = [json_format.dumps([asdict(step) for step in steps], indent=1)] if json else plan_lines(steps)
+    typer.echo("\n".join(lines))
+    return ExitCode.CANNOT_RUN if any(step.is_refused for step in steps) else ExitCode.PASS
+
+
+@app.command()
+def passes(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print README's table.")] = False,
+) -> int:
+    """List the passes and their options."""
+    from optimizer.catalogue import installed
+    from optimizer.schema import pass_table, passes_text
+
+    typer.echo((pass_table if markdown else passes_text)(installed()), nl=False)
+    return ExitCode.PASS
+
+
+@app.command()
+def schema() -> int:
+    """Print the JSON Schema of a recipe.
+
+    Editors complete and check recipes with it: see the first line of each recipe.
+    """
+    from optimizer.generated import schema_text
+
+    typer.echo(schema_text(), nl=False)
+    return ExitCode.PASS
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Folder, or org/name@revision of the Hub.", show_default=False)],
+    target: Annotated[str, typer.Option(help="What the artifact will run on: cpu.")] = "cpu",
+    data: Annotated[str, typer.Option(metavar="FILE", help="Held-out texts, JSON lines or CSV.")] = "",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe; NAME.yaml if not given.")] = None,
+) -> int:
+    """Write a commented recipe for a model.
+
+    Of the model, only config.json is read.
+    """
+    from optimizer.catalogue import installed
+    from optimizer.draft import draft, read_config, write_new
+    from optimizer.recipe import SERVED
+
+    if target not in SERVED:
+        raise CommandError(f"--target: got {target!r}, expected {' or '.join(SERVED)}")
+    path = write_new(draft(model, read_config(model), installed(), device=target, data=data), output)
+    typer.echo(f"wrote {path}; set its data and budgets, then run: optimize {path}")
+    return ExitCode.PASS
+
+
+@app.command()
+def verify(
+    folder: Artifact,
+    digest: Annotated[str | None, typer.Option(metavar="HEX", help="The identity it must have.")] = None,
+) -> int:
+    """Check an artifact against its manifest.
+
+    Every file is hashed; prints the artifact's identity.
+    """
+    from runtime.artifact import verify as verify_artifact
+
+    manifest = verify_artifact(folder, digest)
+    total = sum(entry.bytes for entry in manifest.files.values())
+    typer.echo(f"{folder}: {manifest.kind}, {len(manifest.files)} files, {total / 1e6:.1f} MB, all as listed")
+    typer.echo(f"digest {manifest.digest}")
+    return ExitCode.PASS
+
+
+@app.command()
+def generate(
+    folder: Artifact,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.", show_default=False)],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, tokens are drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most likely tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens with so much probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens at least so likely, relative to the first.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, tokens seen before become less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")] = None,
+    threads: Threads = None,
+    json: AsJson = False,
+) -> int:
+    """Generate text with an artifact.
+
+    The text goes to standard output as it is made, its speed to standard error.
+    """
+    from dataclasses import asdict
+
+    from runtime.generation import TextGenerator
+    from runtime.sampler import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    text = _standard_input() if prompt == "-" else prompt
+    asked = [{"role": "user", "content": text}] if chat else text
+    stream = TextGenerator.load(folder, threads=threads).stream(
+        asked, max_tokens=max_tokens, stop=stop or (), sampling=sampling
+    )
+    for piece in stream:
+        if not json:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+    done = stream.completion
+    if json:
+        typer.echo(json_format.dumps(asdict(done), ensure_ascii=False))
+        return ExitCode.PASS
+    speed = f", {done.decode_tokens_per_s:.1f} tokens/s" if done.decode_tokens_per_s else ""
+    typer.echo()
+    typer.echo(f"{len(done.token_ids)} tokens, first after {done.ttft_s * 1e3:.0f} ms{speed}", err=True)
+    return ExitCode.PASS
+
+
+@app.command()
+def predict(folder: Artifact, threads: Threads = None, json: AsJson = False) -> int:
+    """Classify the lines of standard input.
+
+    Prints the label and its probability, one line for each text.
+    """
+    from dataclasses import asdict
+
+    from runtime.prediction import TextClassifier
+
+    predictions = TextClassifier.load(folder, threads=threads).predict(_standard_input().splitlines())
+    if json:
+        typer.echo(json_format.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
+        return ExitCode.PASS
+    for prediction in predictions:
+        typer.echo(f"{prediction.label}\t{prediction.probability:.4f}")
+    return ExitCode.PASS
+
+
+@app.command()
+def clean(
+    store: StoreFolder = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Only what was not used for so many days.")
+    ] = None,
+    keep_gb: Annotated[
+        float | None, typer.Option(metavar="GB", min=0, help="Only the least recently used, until so much is left.")
+    ] = None,
+) -> int:
+    """Remove what the passes keep for reuse.
+
+    All of it unless told otherwise, but never what a run is using.
+    """
+    from optimizer.store import Store, default_root, format_bytes
+
+    root = store or default_root()
+    with Store(root) as opened:
+        freed = opened.clean(
+            older_than_days=older_than,
+            keep_bytes=None if keep_gb is None else int(keep_gb * 1e9),
+            everything=older_than is None and keep_gb is None,
+        )
+    typer.echo(f"{root}: freed {format_bytes(freed)}")
+    return ExitCode.PASS
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; one line per mistake, a traceback for nobody but us."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        result = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="optimize", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        result = ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return ExitCode.PASS
+    except Exception as error:
+        return _explain(error)
+    if result == ExitCode.INTERRUPTED:  # typer makes an exit code of Ctrl-C
+        return _tell("interrupted; the next run continues from here", ExitCode.INTERRUPTED)
+    return int(result or 0) if args else ExitCode.WRONG_INPUT
+
+
+def _explain(error: Exception) -> int:
+    """Print what went wrong and return the exit code that says so."""
+    from passes.base import PassError
+    from runtime.errors import PromptError, SamplingError, ServingError
+
+    message, code = str(error), ExitCode.CANNOT_RUN
+    if isinstance(error, OptimizeError):
+        code = error.exit_code
+    elif isinstance(error, PromptError | SamplingError):
+        code = ExitCode.WRONG_INPUT
+    elif hasattr(error, "format_message"):  # what typer raises for a wrong command line; its class is private
+        message, code = f"{error.format_message().rstrip('.')}; see `optimize --help`", ExitCode.WRONG_INPUT
+    elif isinstance(error, MemoryError):
+        message = "out of memory; close other programs or take a machine with more"
+    elif isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        message = f"{error.filename or 'disk'}: no space left; `optimize clean` frees some"
+    elif isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name)):
+        message = f"{error.name} is not installed; run: pip install 'optimize-models[{extra}]'"
+    elif not isinstance(error, PassError | ServingError):
+        message = f"a bug: {type(error).__name__}: {error}; traceback in {_keep_traceback(error)}"
+        code = ExitCode.BUG
+    return _tell(message, code)
+
+
+def _extra_with(module: str | None) -> str | None:
+    """Return the extra that installs a module."""
+    return next((extra for extra, names in _EXTRAS.items() if module in names), None)
+
+
+def _tell(message: str, code: ExitCode) -> int:
+    typer.echo(message, err=True)
+    return code
+
+
+def _keep_traceback(error: Exception) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="optimize-bug-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return file.name
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"standard input: got the byte {error.object[error.start]:#x}, expected UTF-8") from None
+
+
+def _no_such(name: str) -> str:
+    from optimizer.decode import suggest
+
+    commands = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return f"{name}: no such recipe or command{suggest(name, commands)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""What is evaluated: token ids made once, by the model's own tokenizer, so that every model answers the same thing."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optimizer.errors import CannotRun
+from optimizer.evaluate.data import DataError, Row, first_line, read_rows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from optimizer.evaluate.task import Task
+    from optimizer.recipe import DataSource
+
+ENCODE_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document, request or labelled text.
+
+    Attributes:
+        ids: token ids, special tokens included, cut to the task's context.
+        group: items of one group are not independent; unique where the data has no groups.
+        label: index of the right class, None where there is none.
+    """
+
+    ids: tuple[int, ...]
+    group: str
+    label: int | None = None
+
+
+def items_hash(items: Sequence[Item], context: int) -> str:
+    """Return the sha256, in hexadecimal, of ids, labels, groups and `context`."""
+    digest = hashlib.sha256(f"{context} {len(items)}\n".encode())
+    for item in items:
+        # The header says how many ids follow, so that no two lists of items spell the same bytes.
+        digest.update(json.dumps([len(item.ids), item.label, item.group]).encode() + b"\n")
+        digest.update(np.asarray(item.ids, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+# ---- from text to ids
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """How one model reads text.
+
+    Attributes:
+        tokenizer: from the model's `tokenizer.json`.
+        truncation: what `tokenizer.json` itself says about cutting, None for nothing.
+        kind: "decoder", "classifier" or "embedder".
+        vocabulary: ids at or above it do not exist.
+        context_length: most tokens the model takes; None where its configuration does not say.
+        bos: beginning-of-sequence id of a decoder, None where it has none.
+        labels: class name -> index.
+    """
+
+    tokenizer: Tokenizer
+    truncation: Mapping[str, Any] | None
+    kind: str
+    vocabulary: int
+    context_length: int | None
+    bos: int | None
+    labels: Mapping[str, int]
+
+    @classmethod
+    def of(cls, assets: Path, config: Mapping[str, Any]) -> TextReader:
+        """Read `assets/tokenizer.json` and the content of the model's `config.json`.
+
+        Raises:
+            CannotRun: there is no tokenizer, or it cannot be read.
+        """
+        tokenizer, text = load_tokenizer(assets), config.get("text_config", config)
+        named = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        return cls(
+            tokenizer=tokenizer,
+            truncation=tokenizer.truncation,
+            kind=model_kind(config),
+            vocabulary=int(text["vocab_size"]),
+            context_length=text.get("max_position_embeddings", text.get("n_positions")),
+            bos=text.get("bos_token_id"),
+            labels={str(name): int(index) for index, name in named.items()},
+        )
+
+    def encode(self, texts: Sequence[str], context: int, *, bos: bool) -> list[tuple[int, ...]]:
+        """Return the ids of each text, cut to the shorter of `context` and the model's own context length.
+
+        A decoder's text begins with BOS where `bos` asks for it and the model has one; that token counts. A text for a
+        classifier has the special tokens of its tokenizer, and is cut earlier where `tokenizer.json` says so.
+
+        Raises:
+            CannotRun: the tokenizer gives an id that the model does not know.
+        """
+        context = min(context, self.context_length or context)
+        ids = self._decoder_ids(texts, context, bos) if self.kind == "decoder" else self._encoder_ids(texts, context)
+        highest = max((max(row) for row in ids if row), default=-1)
+        if highest >= self.vocabulary:
+            raise CannotRun(
+                f"tokenizer.json: does not fit the model, got token id {highest}, expected ids below the vocabulary's "
+                f"{self.vocabulary}; use the tokenizer the model was trained with"
+            )
+        return ids
+
+    def _decoder_ids(self, texts: Sequence[str], context: int, bos: bool) -> list[tuple[int, ...]]:
+        start = (self.bos,) if bos and self.bos is not None else ()
+        self.tokenizer.no_truncation()
+        found = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [(*start, *encoding.ids)[:context] for encoding in found]
+
+    def _encoder_ids(self, texts: Sequence[str], context: int) -> list[tuple[int, ...]]:
+        own = self.truncation or {"max_length": context, "direction": "right"}
+        self.tokenizer.enable_truncation(min(context, own["max_length"]), direction=own["direction"].lower())
+        return [tuple(encoding.ids) for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+
+
+def load_tokenizer(assets: Path) -> Tokenizer:
+    """Read `tokenizer.json` of a folder, without its padding; raise CannotRun where that fails."""
+    from tokenizers import Tokenizer
+
+    path = assets / "tokenizer.json"
+    if not path.is_file():
+        raise CannotRun(f"{path}: is missing; save the model's fast tokenizer there (AutoTokenizer.save_pretrained)")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare Exception
+        raise CannotRun(f"{path}: is not a tokenizer ({first_line(error)}); save the model's tokenizer again") from None
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def model_kind(config: Mapping[str, Any]) -> str:
+    """Return "decoder", "classifier" or "embedder" from the `architectures` of a `config.json`."""
+    names = " ".join(config.get("architectures") or ())
+    if "CausalLM" in names or "LMHeadModel" in names:
+        return "decoder"
+    return "classifier" if "ForSequenceClassification" in names else "embedder"
+
+
+# ---- from files to items
+
+
+def load_items(tasks: Mapping[str, Task], data: Mapping[str, DataSource], reader: TextReader) -> dict[str, list[Item]]:
+    """Return the items of every task; files are read once, and tasks that ask for the same ids get the same list.
+
+    Raises:
+        DataError: a file cannot be used.
+        CannotRun: the tokenizer does not fit the model, or a task cannot score this kind of model.
+    """
+    rows: dict[str, list[Row]] = {}
+    made: dict[tuple[object, ...], list[Item]] = {}
+    result = {}
+    for name, task in tasks.items():
+        _check_fit(name, task, data[task.data], reader)
+        bos = bool(getattr(task, "bos", False))
+        key = (task.data, task.context, bos, task.items)
+        if key not in made:
+            if task.data not in rows:
+                rows[task.data] = read_rows(data[task.data])
+            chosen = rows[task.data] if task.items is None else shuffled(rows[task.data])
+            made[key] = make_items(chosen, reader, task.context, bos=bos, limit=task.items)
+        result[name] = made[key]
+    return result
+
+
+def _check_fit(name: str, task: Task, source: DataSource, reader: TextReader) -> None:
+    if reader.kind not in task.kinds:
+        wanted = " or a ".join(task.kinds)
+        raise CannotRun(f"evaluate.{name}: cannot score this model, got a {reader.kind}, expected a {wanted}")
+    if task.needs_labels and source.label is None:
+        raise DataError(f"evaluate.{name}: data.{task.data} names no label column; add `label: COLUMN` to it")
+
+
+def shuffled(rows: Sequence[Row]) -> list[Row]:
+    """Return rows in the order of a hash of their group, else text: the first few are a sample of whole groups."""
+
+    def place(row: Row) -> tuple[str, str]:
+        group = row.text if row.group is None else row.group
+        return hashlib.sha256(group.encode()).hexdigest(), group
+
+    return sorted(rows, key=place)
+
+
+def make_items(
+    rows: Sequence[Row], reader: TextReader, context: int, *, bos: bool = False, limit: int | None = None
+) -> list[Item]:
+    """Turn rows into at most `limit` items. A decoder's text of fewer than two tokens predicts nothing and is left out.
+
+    Raises:
+        DataError: a label is not one of the model's, or nothing is left.
+    """
+    items: list[Item] = []
+    for start in range(0, len(rows), ENCODE_AT_ONCE):
+        chunk = rows[start : start + ENCODE_AT_ONCE]
+        encoded = reader.encode([row.text for row in chunk], context, bos=bos)
+        for number, (row, ids) in enumerate(zip(chunk, encoded, strict=True), start):
+            if reader.kind == "decoder" and len(ids) < 2:
+                continue
+            if not ids:
+                raise DataError(f"{row.where}: got a text without tokens, expected at least one")
+            is_labelled = reader.kind == "classifier" and row.label is not None
+            label = _label_index(row.where, row.label, reader.labels) if is_labelled else None
+            items.append(Item(ids, str(number) if row.group is None else row.group, label))
+        if limit is not None and len(items) >= limit:
+            return items[:limit]
+    if not items:
+        raise DataError(f"{rows[0].where} and the rest: got no text of two tokens or more, expected documents")
+    return items
+
+
+def _label_index(where: str, value: object, labels: Mapping[str, int]) -> int:
+    """Return the index of a class given by name or number."""
+    index = labels.get(str(value))
+    if index is None and str(value).isdecimal():
+        index = int(str(value))
+    if index is None or not 0 <= index < len(labels):
+        close = difflib.get_close_matches(str(value), labels, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = f"a name of the model's id2label or a number from 0 to {len(labels) - 1}"
+        raise DataError(f"{where}: unknown label, got {value!r}, expected {known}{hint}")
+    return index

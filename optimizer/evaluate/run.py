@@ -1,0 +1,83 @@
+"""Evaluate a model on every task: each distinct set of items passes through the model once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.evaluate.distributions import blocks
+from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.result import TaskResult
+from optimizer.evaluate.scorers import Scorer
+from optimizer.evaluate.task import Tally, Task
+from passes.base import Progress, no_progress
+
+
+def evaluate(
+    tasks: Mapping[str, Task],
+    items: Mapping[str, list[Item]],
+    scorer: Scorer,
+    source: Mapping[str, TaskResult] | None = None,
+    progress: Progress = no_progress,
+) -> dict[str, TaskResult]:
+    """Return the result of each task, by its name.
+
+    Args:
+        tasks: what to evaluate.
+        items: of each task; tasks whose items are equal share one pass through the model.
+        scorer: the model.
+        source: the results of the source on the same tasks and items; None when the source itself is evaluated.
+        progress: told how many tokens (of a classifier: items) are done.
+
+    Raises:
+        ValueError: `source` was scored on other items.
+        RuntimeError: the scorer left out or repeated positions.
+    """
+    tallies = {
+        name: task.tally(items[name], scorer.kind, source[name] if source else None) for name, task in tasks.items()
+    }
+    passes = _passes(items, tasks)
+    total = sum(sum(_positions(items[names[0]], scorer.kind)) for names in passes)
+    done = 0
+    for names in passes:
+        for count in _score(items[names[0]], scorer, [tallies[name] for name in names]):
+            done += count
+            progress(done, total, "token" if scorer.kind == "decoder" else "item")
+    return {name: tally.result() for name, tally in tallies.items()}
+
+
+def _passes(items: Mapping[str, list[Item]], names: Iterable[str]) -> list[list[str]]:
+    """Group task names by equal items."""
+    shared: dict[str, list[str]] = {}
+    for name in names:
+        shared.setdefault(items_hash(items[name], 0), []).append(name)
+    return list(shared.values())
+
+
+def _positions(items: Sequence[Item], kind: str) -> list[int]:
+    """Return how many rows of logits each item has: one per token, or one per text."""
+    return [len(item.ids) if kind == "decoder" else 1 for item in items]
+
+
+def _score(items: Sequence[Item], scorer: Scorer, tallies: Sequence[Tally]) -> Iterator[int]:
+    """Pass the items through the model once, show every tally the logits, yield how many rows each step had."""
+    expected, seen = _positions(items, scorer.kind), [0] * len(items)
+    for index, first, logits in scorer.logits(items) if scorer.kind == "decoder" else _one_by_one(items, scorer):
+        if first != seen[index]:
+            raise RuntimeError(f"scorer: item {index}: got position {first}, expected {seen[index]}")
+        for rows in blocks(index, first, logits):
+            for tally in tallies:
+                tally.add(rows)
+        seen[index] += len(logits)
+        yield len(logits)
+    if seen != expected:
+        index = next(index for index, count in enumerate(seen) if count != expected[index])
+        raise RuntimeError(f"scorer: item {index}: got {seen[index]} positions, expected {expected[index]}")
+
+
+def _one_by_one(items: Sequence[Item], scorer: Scorer) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    """Classify all items and hand out each one's logits [1, labels] as a decoder's only position."""
+    logits = scorer.classify(items)
+    yield from ((index, 0, logits[index : index + 1]) for index in range(len(logits)))

@@ -1,0 +1,171 @@
+"""Who turns items into logits: one interface, whatever the stage of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.evaluate.items import Item
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from passes.base import Model
+    from runtime.session import DecoderSession
+
+SLICE_ELEMENTS = 1 << 24
+"""Most logits in one slice of `RuntimeScorer.logits`: 64 MiB of float32."""
+TOKENS_PER_BATCH = 4096
+TOKENS_PER_WALK = 32768
+"""Tokens whose hidden states wait between blocks: 256 MiB at a width of 2048."""
+
+
+class Scorer(Protocol):
+    """Answers items with one model.
+
+    Attributes:
+        kind: "decoder" (has `logits`) or "classifier" (has `classify`).
+    """
+
+    @property
+    def kind(self) -> str:
+        """Return what the model is."""
+
+    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Yield (item index, first position, logits [R, V] of the R positions from there on).
+
+        Items come in any order, positions of one item ascending and complete. A slice is valid until the next one is
+        asked for.
+        """
+
+    def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Return the logits of all items [n, labels], in their order."""
+
+
+def batches(items: Sequence[Item], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Yield lists of item indices; the items of a list have exactly equal length, so that nothing is ever padded.
+
+    Each item is yielded once, short ones first; a list has at most `tokens_per_batch` tokens, or a single item.
+    """
+
+    def length(index: int) -> int:
+        return len(items[index].ids)
+
+    for tokens, group in groupby(sorted(range(len(items)), key=length), key=length):
+        indices = list(group)
+        size = max(1, tokens_per_batch // max(1, tokens))
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+class TorchScorer:
+    """Scores a model at stage torch, one block of weights in memory at a time."""
+
+    def __init__(self, model: Model, kind: str, threads: int | None = None) -> None:
+        """Remember what to walk through.
+
+        Args:
+            model: at stage torch.
+            kind: "decoder" or "classifier".
+            threads: threads torch may use; None leaves its setting alone.
+        """
+        self.model, self.kind, self.threads = model, kind, threads
+
+    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
+        for indices, logits in self._walk(items, use_cache=False):
+            for row, index in enumerate(indices):
+                yield index, 0, logits[row]
+
+    def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Run items of equal length together."""
+        answers: dict[int, NDArray[np.float32]] = {}
+        for indices, logits in self._walk(items):
+            answers.update(zip(indices, logits, strict=True))
+        return np.stack([answers[index] for index in range(len(items))])
+
+    def _walk(self, items: Sequence[Item], **options: Any) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Yield item indices and their logits [B, ...] of every batch."""
+        import torch
+
+        from passes._skeleton import Skeleton
+        from passes._walk import walk
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        skeleton = Skeleton(self.model)
+        most = max(1, SLICE_ELEMENTS // skeleton.module.config.vocab_size)
+        for indices in _walks(list(batches(items, min(TOKENS_PER_BATCH, most))), items):
+            ids = [torch.tensor([items[index].ids for index in batch]) for batch in indices]
+            for number, logits in walk(skeleton, [_forward(x, options) for x in ids]):
+                yield indices[number], logits
+
+
+class RuntimeScorer:
+    """Scores with the runtime, as the model will be served: an artifact's graph, or that of a pass's output."""
+
+    def __init__(self, graph: Path, kind: str, threads: int | None = None) -> None:
+        """Remember what to open; the graph is loaded by each call and freed at its end.
+
+        Args:
+            graph: path of the .onnx file.
+            kind: "decoder" or "classifier".
+            threads: threads per operator; None takes the runtime's own default.
+        """
+        self.graph, self.kind, self.threads = graph, kind, threads
+
+    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Run each item by itself, in chunks whose logits fit SLICE_ELEMENTS."""
+        from runtime.session import DecoderSession
+
+        session = DecoderSession(self.graph, capacity=max(len(item.ids) for item in items), threads=self.threads)
+        for index, item in enumerate(items):
+            yield from ((index, first, rows) for first, rows in _in_chunks(session, item.ids))
+
+    def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Run items of equal length together."""
+        from runtime.session import EncoderSession
+
+        session = EncoderSession(self.graph, threads=self.threads)
+        answers: dict[int, NDArray[np.float32]] = {}
+        for indices in batches(items, TOKENS_PER_BATCH):
+            answers.update(zip(indices, session.run([items[index].ids for index in indices]), strict=True))
+        return np.stack([answers[index] for index in range(len(items))])
+
+
+def _walks(groups: list[list[int]], items: Sequence[Item]) -> Iterator[list[list[int]]]:
+    """Yield batches that walk together: as many as have TOKENS_PER_WALK tokens, one at least."""
+    together: list[list[int]] = []
+    tokens = 0
+    for batch in groups:
+        size = len(batch) * len(items[batch[0]].ids)
+        if together and tokens + size > TOKENS_PER_WALK:
+            yield together
+            together, tokens = [], 0
+        together.append(batch)
+        tokens += size
+    if together:
+        yield together
+
+
+def _forward(ids: torch.Tensor, options: Mapping[str, Any]) -> Callable[[PreTrainedModel], NDArray[np.float32]]:
+    """Return a forward pass that ends in logits as an array: [B, T, V] or [B, labels]."""
+
+    def forward(module: PreTrainedModel) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = module(input_ids=ids, **options).logits.numpy()
+        return logits
+
+    return forward
+
+
+def _in_chunks(session: DecoderSession, ids: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (first position, logits). Chunks are nearly equal: one of a single token would run as a decode step."""
+    most = max(4, SLICE_ELEMENTS // session.vocabulary)
+    bounds = np.linspace(0, len(ids), -(-len(ids) // most) + 1).astype(int).tolist()
+    for start, end in pairwise(bounds):
+        yield start, session.run(ids[start:end], past=start)

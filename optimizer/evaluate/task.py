@@ -1,0 +1,58 @@
+"""What a task is: a frozen dataclass whose fields are recipe keys, and that turns passing logits into scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from optimizer.evaluate.distributions import Rows
+    from optimizer.evaluate.items import Item
+    from optimizer.evaluate.result import TaskResult
+
+
+class Tally(Protocol):
+    """Counts what a task wants to know while the logits pass by."""
+
+    def add(self, rows: Rows) -> None:
+        """Take the next rows: each position of each item comes once, those of one item in order."""
+
+    def result(self) -> TaskResult:
+        """Return the scores, once all rows have come."""
+
+
+class TaskBudget(Protocol):
+    """What a task may lose; its fields are recipe keys."""
+
+    def limits(self, task: Any) -> tuple[Any, ...]:
+        """Return the `gate.Budget` of each metric of the task."""
+
+
+class Task(Protocol):
+    """One way to score a model.
+
+    Attributes:
+        budget: the class of its entry in the recipe's `gate`.
+        kinds: the kinds of model it can score.
+        needs_labels: whether each row of its data must have a class.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    budget: ClassVar[type[Any]]
+    kinds: ClassVar[tuple[str, ...]]
+    needs_labels: ClassVar[bool]
+
+    @property
+    def data(self) -> str:
+        """Return the entry of the recipe's `data` that the task reads."""
+
+    @property
+    def context(self) -> int:
+        """Return the most tokens of an item."""
+
+    @property
+    def items(self) -> int | None:
+        """Return the most items; None takes all."""
+
+    def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> Tally:
+        """Start counting for a model of this kind; `source` is None for the source itself."""

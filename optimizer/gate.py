@@ -1,0 +1,183 @@
+"""One question: is the candidate shown to be no worse than the budget allows?
+
+Both models answered the same items. For a loss d (positive: the candidate is worse) and a budget m: **pass** when the
+upper one-sided 1 - alpha bound of d is at most m, **fail** when its lower bound is above m, else **inconclusive**. The
+two errors exclude each other, so neither claim takes level from the other (Berger 1982, Technometrics 24:295-300).
+Nothing here reads a file or loads a model. `compare.py` has what each metric shows, `statistics/` the bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from .compare import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare
+from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
+
+__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Verdict", "judge"]
+
+Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
+
+ANOMALOUS = "anomalous"
+NOT_A_NUMBER = "not a number"
+FLAGS = (ANOMALOUS, FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, NOT_A_NUMBER, SKEWED)
+
+_SHARES = ("accuracy", "f1", "flips")
+_ANOMALY_LEVEL = 0.001
+_NOTHING = Evidence(math.nan, math.nan, math.nan, math.nan, items_needed=None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of one metric may be lost against the source.
+
+    Attributes:
+        metric: as in `Scores`.
+        limit: perplexity: relative increase (0.01 is 1 %); accuracy and f1: drop as a fraction of all (0.01 is one
+            point); flips: share of positions; kl: nats per token. Above 0, for no sample can show a loss of nothing.
+        relative: accuracy and f1 only: `limit` is a share of the source's own score.
+    """
+
+    metric: str
+    limit: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.metric not in ARRAYS:
+            raise ValueError(f"budget: unknown metric, got {self.metric!r}, expected one of {', '.join(ARRAYS)}")
+        if not (self.limit > 0 and math.isfinite(self.limit)) or (self.metric in _SHARES and self.limit >= 1):
+            expected = "above 0 and below 1" if self.metric in _SHARES else "above 0 and finite"
+            raise ValueError(f"budget of {self.metric}: limit out of range, got {self.limit}, expected {expected}")
+        if self.relative and self.metric in AGAINST_SOURCE:
+            raise ValueError(f"budget of {self.metric}: cannot be relative, the source's own {self.metric} is 0")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's answer, with all that a report needs.
+
+    Attributes:
+        metric: as in `Scores`.
+        outcome: what is shown: "pass", "fail" or neither.
+        source: the source's score.
+        candidate: the candidate's score.
+        difference: the loss, positive where the candidate is worse. perplexity: relative increase; accuracy and f1:
+            drop as a fraction of all, also when the budget was relative; flips: share of positions; kl: nats per token.
+        lower: one-sided bound of the loss at the level of the fail claim.
+        upper: one-sided bound of the loss at level `alpha`.
+        limit: the budget in the same unit as the difference.
+        alpha: level of the pass claim.
+        n_items: items compared.
+        n_effective: independent units that carry as much information: items (accuracy), groups (f1), documents
+            (perplexity, kl), positions (flips).
+        reason: why, in a clause or two: what is missing, what to be wary of.
+        items_needed: items of this kind that would decide with probability 0.8; None when decided.
+        mcnemar_p: accuracy of ungrouped items: evidence of any difference at all; never used to decide.
+        flags: warnings a program can read: `FLAGS`.
+    """
+
+    metric: str
+    outcome: Outcome
+    source: float
+    candidate: float
+    difference: float
+    lower: float
+    upper: float
+    limit: float
+    alpha: float
+    n_items: int
+    n_effective: float
+    reason: str
+    items_needed: int | None
+    mcnemar_p: float | None
+    flags: tuple[str, ...]
+
+
+def judge(
+    source: Scores,
+    candidate: Scores,
+    budget: Budget,
+    *,
+    alpha: float = 0.05,
+    fail_alpha: float | None = None,
+    chance: float | None = None,
+) -> Verdict:
+    """Decide whether `candidate` is shown to stay within `budget` of `source`.
+
+    Args:
+        source: scores of the untouched model.
+        candidate: scores of the changed model on the same items.
+        budget: the loss allowed.
+        alpha: one-sided level of the pass claim, below 0.5.
+        fail_alpha: one-sided level of the fail claim; `alpha` when None.
+        chance: accuracy only: share of the most frequent label. A source hardly above it is flagged.
+
+    Raises:
+        ValueError: the scores are not of the same items, or not of the budget's metric.
+    """
+    check(source, candidate, budget.metric)
+    limit = budget.limit * (source.point if budget.relative and budget.metric != "perplexity" else 1.0)
+    levels = alpha, alpha if fail_alpha is None else fail_alpha
+    if not all(0 < level < 0.5 for level in levels):
+        raise ValueError(f"gate: level out of range, got {levels}, expected above 0 and below 0.5")
+    question = Question(source, candidate, limit, *levels, chance)
+    broken = not_finite("source", source) or not_finite("candidate", candidate)
+    if broken:
+        return _verdict(question, _NOTHING, "fail", broken, ((NOT_A_NUMBER, ""),))
+    if limit <= 0:
+        reason = f"the source's own {source.metric} is {source.point:g}: a share of it allows nothing"
+        return _verdict(question, _NOTHING, "inconclusive", reason, ())
+    evidence = compare(question)
+    return _verdict(question, evidence, *_decide(question, evidence), _warnings(question, evidence))
+
+
+def _verdict(question: Question, evidence: Evidence, outcome: Outcome, words: str, warnings: Warnings) -> Verdict:
+    return Verdict(
+        metric=question.source.metric,
+        outcome=outcome,
+        source=question.source.point,
+        candidate=question.candidate.point,
+        difference=evidence.difference,
+        lower=evidence.lower,
+        upper=evidence.upper,
+        limit=question.limit,
+        alpha=question.alpha,
+        n_items=question.n,
+        n_effective=evidence.n_effective,
+        reason="; ".join([words, *(text for _, text in warnings if text)]),
+        items_needed=evidence.items_needed if outcome == "inconclusive" else None,
+        mcnemar_p=evidence.mcnemar_p,
+        flags=tuple(flag for flag, _ in warnings),
+    )
+
+
+def _decide(question: Question, evidence: Evidence) -> tuple[Outcome, str]:
+    """Compare the bounds with the limit; written so that a nan can never pass."""
+    lower, upper, limit = evidence.lower, evidence.upper, question.limit
+    if math.isnan(lower) or math.isnan(upper):
+        return "fail", "the bounds of the loss are not numbers"
+    if evidence.refusal:
+        return "inconclusive", evidence.refusal
+    if upper <= limit:
+        return "pass", "shown to be within the budget"
+    if lower > limit:
+        return "fail", "shown to be worse than the budget allows"
+    return "inconclusive", evidence.undecided or f"not decided by {question.n} items"
+
+
+def _warnings(question: Question, evidence: Evidence) -> Warnings:
+    warnings = evidence.warnings
+    if math.isnan(evidence.lower + evidence.upper):
+        warnings += ((NOT_A_NUMBER, ""),)
+    if _is_anomalous(question, evidence):
+        warnings += ((ANOMALOUS, "the gain is larger than the budget: check that both models answered the same task"),)
+    return warnings
+
+
+def _is_anomalous(question: Question, evidence: Evidence) -> bool:
+    """Tell whether the candidate is better than the source by more than the budget, beyond doubt."""
+    if not -evidence.difference > question.limit:
+        return False
+    strict = replace(question, alpha=_ANOMALY_LEVEL, fail_alpha=_ANOMALY_LEVEL)
+    return compare(strict).upper < 0

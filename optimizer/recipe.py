@@ -1,0 +1,343 @@
+"""A recipe: YAML in, a frozen `Recipe` out, or every mistake at once, each with file, line and column.
+
+A relative path is looked for in the recipe's folder first, then in the working folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from optimizer import catalogue
+from optimizer.catalogue import Catalogue
+from optimizer.decode import BAD, Reader, Special, join, one_of, suggest
+from optimizer.document import compose, override, scalar
+from optimizer.errors import CommandError, Mistake, RecipeError
+from optimizer.evaluate.task import Task, TaskBudget
+from optimizer.hub import HubId
+from optimizer.quantities import check_ranges
+from passes.base import ONNX, TORCH, Pass, Stage
+
+SERVED = {"cpu": ONNX}
+"""The stage the runtime serves on each device."""
+
+
+class Name(str):
+    """A name that is also a folder's."""
+
+    pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    expected = "a name of letters, digits, '.', '_' and '-'"
+
+    @classmethod
+    def parse(cls, text: str) -> Name:
+        """Read a name; raise ValueError for one that cannot be a folder's."""
+        if len(text) > 100 or not re.fullmatch(cls.pattern, text):
+            raise ValueError(cls.expected)
+        return cls(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the artifact will run."""
+
+    device: Literal["cpu"] = field(default="cpu", metadata={"help": "what the artifact runs on"})
+    threads: int | None = field(default=None, metadata={"help": "threads to use; all there are if not given", "ge": 1})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Texts from local files; exactly one of `json` (one object per line, or an array) and `csv`."""
+
+    json: Path | tuple[Path, ...] | None = field(default=None, metadata={"help": "JSON file or files"})
+    csv: Path | tuple[Path, ...] | None = field(default=None, metadata={"help": "CSV file or files with a header"})
+    text: str = field(default="text", metadata={"help": "column with the text"})
+    label: str | None = field(default=None, metadata={"help": "column with the label"})
+    group: str | None = field(
+        default=None, metadata={"help": "column that ties items together: same passage, document or template"}
+    )
+    items: int | None = field(default=None, metadata={"help": "use the first so many", "ge": 1})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if (self.json is None) == (self.csv is None):
+            given = "neither" if self.json is None else "both"
+            raise ValueError(f"got {given}, expected one of json, csv")
+        if not self.files:
+            raise ValueError("got an empty list, expected a file or files")
+
+    @property
+    def format(self) -> Literal["json", "csv"]:
+        """Return the builder of `datasets` that reads the files."""
+        return "csv" if self.json is None else "json"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the files, in the order of the recipe."""
+        given = self.csv if self.json is None else self.json
+        return given if isinstance(given, tuple) else (given,) if given else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeBudget:
+    """How large the artifact's weights may be."""
+
+    max_ratio: float = field(metadata={"help": "largest size as a share of the source's weights", "gt": 0})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What the artifact may lose against the source.
+
+    Attributes:
+        budgets: by the name of the evaluation they judge.
+    """
+
+    alpha: float = field(
+        default=0.05, metadata={"help": "chance of passing a model that is over budget", "gt": 0, "lt": 0.5}
+    )
+    fail_alpha: float | None = field(
+        default=None, metadata={"help": "chance of failing a model within budget; else alpha", "gt": 0, "lt": 0.5}
+    )
+    size: SizeBudget | None = field(default=None, metadata={"help": "budget of the weights' size"})
+    budgets: Mapping[str, TaskBudget] = field(default_factory=dict, metadata={"in_recipe": False})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to make of which model, on what it is judged, and what it may lose.
+
+    Attributes:
+        model_folder: the folder `model` names, None when it names a model of the Hub.
+        text: the recipe as YAML with every `--set` applied.
+    """
+
+    name: Name = field(metadata={"help": "name of the artifact"})
+    model: str = field(metadata={"help": "folder of a Hugging Face model, or org/name@revision of the Hub"})
+    target: Target = field(default=Target(), metadata={"help": "where the artifact will run"})
+    data: Mapping[str, DataSource] = field(default_factory=dict, metadata={"help": "texts, by name"})
+    evaluate: Mapping[str, Task] = field(default_factory=dict, metadata={"help": "what is scored after every pass"})
+    gate: Gate = field(default=Gate(), metadata={"help": "what each score may lose against the source"})
+    passes: tuple[Pass, ...] = field(metadata={"help": "the steps, in order"})
+    model_folder: Path | None = field(default=None, metadata={"in_recipe": False})
+    text: str = field(default="", metadata={"in_recipe": False})
+
+    def limits(self, evaluation: str) -> tuple[Any, ...]:
+        """Return the `gate.Budget` of each metric of an evaluation; empty when it is only reported."""
+        if evaluation not in self.gate.budgets:
+            return ()
+        return self.gate.budgets[evaluation].limits(self.evaluate[evaluation])
+
+    def index_of(self, pass_name: str) -> int:
+        """Return where a pass first stands in the chain; raise CommandError when it does not."""
+        names = [step.name() for step in self.passes]
+        if pass_name not in names:
+            raise CommandError(f"--stop-after: unknown pass {pass_name!r}{suggest(pass_name, names)}")
+        return names.index(pass_name)
+
+
+def load(path: Path | str, settings: Sequence[str] = (), *, choices: Catalogue | None = None) -> Recipe:
+    """Read a recipe from a file, with `--set` settings applied.
+
+    Raises:
+        CommandError: there is no such file.
+        RecipeError: the recipe is wrong; holds every mistake.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        column = error.start - error.object.rfind(b"\n", 0, error.start)
+        mistake = Mistake(str(path), line, column, f"got the byte {error.object[error.start]:#x}, expected UTF-8 text")
+        raise RecipeError([mistake]) from None
+    except OSError as error:
+        raise CommandError(f"{path}: cannot be read, {(error.strerror or str(error)).lower()}") from None
+    return parse(text, str(path), (path.resolve().parent, Path.cwd()), settings, choices=choices)
+
+
+def parse(
+    text: str,
+    name: str,
+    folders: tuple[Path, ...] = (),
+    settings: Sequence[str] = (),
+    *,
+    choices: Catalogue | None = None,
+) -> Recipe:
+    """Read a recipe from text; `name` is the file in messages, `folders` are where relative paths are looked for."""
+    root = compose(text, name)
+    mistakes = override(root, settings)
+    reader = _RecipeReader(folders, choices or catalogue.installed())
+    recipe = reader.read(root)
+    mistakes += reader.reader.mistakes
+    if mistakes:
+        raise RecipeError(sorted(mistakes, key=lambda mistake: (mistake.file, mistake.line, mistake.column)))
+    if not settings:
+        return replace(recipe, text=text)
+    comment = " ".join(settings).replace("\n", " ")
+    return replace(recipe, text=f"# with {comment}\n{yaml.serialize(root)}")
+
+
+class _RecipeReader:
+    """Reads the sections whose shape depends on other sections or on the catalogue."""
+
+    def __init__(self, folders: tuple[Path, ...], choices: Catalogue) -> None:
+        self.reader = Reader(folders)
+        self.choices = choices
+        self.data: dict[str, Any] = {}
+        self.tasks: dict[str, Any] = {}
+        self.device = "cpu"
+
+    def read(self, root: Node) -> Recipe:
+        special: dict[str, Special] = {
+            "model": self._model,
+            "target": self._target,
+            "data": self._data,
+            "evaluate": self._evaluate,
+            "gate": self._gate,
+            "passes": self._passes,
+        }
+        recipe = self.reader.record(root, Recipe, "", special)
+        self.reader.check_references({"data": self.data})
+        return recipe if recipe is BAD else replace(recipe, model_folder=self.reader.find(recipe.model))
+
+    def _model(self, node: Node, where: str) -> Any:
+        value = self.reader.value(node, str, where)
+        if value is BAD:
+            return BAD
+        found = self.reader.find(value)
+        if found is None and HubId.parse(value) is None:
+            message = f"no such folder, got {value!r}, expected a folder or org/name@revision of the Hub"
+            return self.reader.mistake(node, where, message)
+        if found is not None and not found.is_dir():
+            return self.reader.mistake(node, where, f"got {value!r}, which is a file, expected a folder")
+        return value
+
+    def _target(self, node: Node, where: str) -> Any:
+        target = self.reader.record(node, Target, where)
+        self.device = "cpu" if target is BAD else target.device
+        return target
+
+    def _data(self, node: Node, where: str) -> Any:
+        for name, entry in self.reader.entries(node, where).items():
+            self.data[name] = self.reader.record(entry.value, DataSource, join(where, name))
+        return self.data
+
+    def _evaluate(self, node: Node, where: str) -> Any:
+        for name, entry in self.reader.entries(node, where).items():
+            self.tasks[name] = self._task(entry.value, join(where, name))
+            if name in Gate.__dataclass_fields__:
+                message = f"the name {name!r} is a key of gate itself, expected another name"
+                self.reader.mistake(entry.key, where, message)
+        return self.tasks
+
+    def _task(self, node: Node, where: str) -> Any:
+        before = len(self.reader.mistakes)
+        entries = self.reader.entries(node, where)
+        if len(self.reader.mistakes) > before:
+            return BAD
+        known = self.choices.tasks
+        if "task" not in entries:
+            return self.reader.mistake(node, where, f"missing key 'task', expected {one_of(known)}")
+        chosen = entries["task"].value
+        name = scalar(chosen) if isinstance(chosen, ScalarNode) else None
+        if not isinstance(name, str):
+            return self.reader.value(chosen, str, join(where, "task"))
+        if name not in known:
+            return self.reader.mistake(chosen, join(where, "task"), f"unknown task {name!r}{suggest(name, known)}")
+        task = self.reader.record(node, known[name], where, {"task": lambda *_: name})
+        if task is not BAD:
+            self._check_labels(task, entries["data"].value, join(where, "data"))
+        return task
+
+    def _check_labels(self, task: Task, node: Node, where: str) -> None:
+        """Record that a task needs labels and its data names no column with them."""
+        source = self.data.get(task.data, BAD)
+        if getattr(task, "needs_labels", False) and source is not BAD and source.label is None:
+            message = f"data.{task.data} names no column of labels, expected `label: COLUMN` there"
+            self.reader.mistake(node, where, message)
+
+    def _gate(self, node: Node, where: str) -> Any:
+        budgets: dict[str, Any] = {}
+
+        def read(name: str, task: Any) -> Special:
+            def budget(node: Node, where: str) -> Any:
+                if task is not BAD:
+                    budgets[name] = self._budget(node, where, task)
+
+            return budget
+
+        gate = self.reader.record(node, Gate, where, {name: read(name, task) for name, task in self.tasks.items()})
+        return BAD if gate is BAD else replace(gate, budgets=budgets)
+
+    def _budget(self, node: Node, where: str, task: Task) -> Any:
+        budget = self.reader.record(node, task.budget, where)
+        if budget is BAD:
+            return BAD
+        try:
+            budget.limits(task)
+        except ValueError as error:  # no interval is known for this metric
+            return self.reader.mistake(node, where, str(error))
+        return budget
+
+    def _passes(self, node: Node, where: str) -> Any:
+        if not isinstance(node, SequenceNode) or not node.value:
+            got = "an empty list" if isinstance(node, SequenceNode) else "no list"
+            return self.reader.mistake(node, where, f"got {got}, expected a list of passes")
+        steps = [self._pass(child, join(where, str(index))) for index, child in enumerate(node.value)]
+        self._check_chain(node.value, [kind for kind, _ in steps], where)
+        return tuple(step for _, step in steps)
+
+    def _pass(self, node: Node, where: str) -> tuple[type[Pass] | None, Any]:
+        """Return the class an entry names, None when it names none, and the pass, BAD when it is wrong."""
+        known = self.choices.passes
+        if not isinstance(node, MappingNode):
+            name = self.reader.value(node, str, where)
+            if name is BAD:
+                return None, BAD
+            if name not in known:
+                return None, self.reader.mistake(node, where, f"unknown pass {name!r}{suggest(name, known)}")
+            empty = MappingNode("tag:yaml.org,2002:map", [], node.start_mark, node.end_mark)
+            return known[name], self.reader.record(empty, known[name], join(where, name))
+        entries = self.reader.entries(node, where)
+        name = next((name for name in entries if name in known), None)
+        for other, entry in entries.items():
+            if name is None:
+                self.reader.unknown_key(entry, where, known, "pass")
+            elif other != name:
+                self.reader.mistake(entry.key, where, f"unknown key {other!r}, expected the pass {name!r} alone")
+        if name is None:
+            return None, BAD if entries else self.reader.mistake(node, where, "got nothing, expected a pass")
+        return known[name], self.reader.record(entries[name].value, known[name], join(where, name))
+
+    def _check_chain(self, nodes: Sequence[Node], kinds: Sequence[type[Pass] | None], where: str) -> None:
+        """Record each pass that reads another stage than the one before it wrote, and an end nothing can serve."""
+        stage: Stage | None = TORCH
+        for index, (node, kind) in enumerate(zip(nodes, kinds, strict=True)):
+            if kind is not None and stage is not None and kind.reads != stage:
+                place = join(where, f"{index}.{kind.name()}")
+                message = f"got a model at stage {stage}, expected {kind.reads}{self._bridge(stage, kind.reads)}"
+                self.reader.mistake(node, place, message)
+            stage = kind.writes if kind else None
+        served = SERVED[self.device]
+        if stage is not None and stage != served:
+            message = f"the chain ends at stage {stage}, expected {served}, which {self.device} serves"
+            self.reader.mistake(nodes[-1], where, message + self._bridge(stage, served))
+
+    def _bridge(self, stage: Stage, needed: Stage) -> str:
+        names = [name for name, kind in self.choices.passes.items() if (kind.reads, kind.writes) == (stage, needed)]
+        return f"; put {' or '.join(names)} between" if names else ""

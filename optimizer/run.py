@@ -1,0 +1,116 @@
+"""The record of a run: what each pass did, what the gates say, how it ended. Data only; `--json` prints it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from optimizer.errors import ExitCode
+from optimizer.gate import Verdict
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+SIZE = "size"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One gate after one pass: which evaluation, and what it says."""
+
+    evaluation: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass, or the source when `name` is "source".
+
+    Attributes:
+        changes: what the pass counted, such as `{"layers_quantized": 42}`.
+        note: one line worth telling, or why an optional pass was skipped.
+        is_skipped: an optional pass refused; the model went on unchanged.
+        is_stored: the result was found in the store.
+        bytes: size of the model's weights on disk.
+        pass_s: seconds the pass took when it was run.
+        scores: evaluation and metric -> score.
+        gates: what the gates say of the model at this point, against the source.
+    """
+
+    name: str
+    bytes: int
+    scores: Mapping[str, float]
+    gates: tuple[Judged, ...] = ()
+    changes: Mapping[str, int] | None = None
+    note: str = ""
+    is_skipped: bool = False
+    is_stored: bool = False
+    pass_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SizeVerdict:
+    """Size against its budget: plain comparison, for size is no sample."""
+
+    bytes: int
+    source_bytes: int
+    max_ratio: float
+
+    @property
+    def ratio(self) -> float:
+        """Return the size as a share of the source's."""
+        return self.bytes / self.source_bytes
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return "pass" or "fail"."""
+        return "pass" if self.ratio <= self.max_ratio else "fail"
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a recipe ended.
+
+    Attributes:
+        artifact: folder of the artifact, None where none was made.
+        digest: identity of the artifact.
+        stopped_after: the pass the user asked to stop after.
+        seconds: of this run, what was found in the store not included.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    size: SizeVerdict | None
+    artifact: str | None
+    digest: str | None
+    stopped_after: str | None
+    seconds: float
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return what every gate says of the last model."""
+        size = (self.size.outcome,) if self.size else ()
+        return (*(judged.verdict.outcome for judged in self.steps[-1].gates), *size)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Return 1 when a gate failed, 3 when one is undecided, else 0."""
+        if "fail" in self.outcomes:
+            return ExitCode.FAIL
+        return ExitCode.INCONCLUSIVE if "inconclusive" in self.outcomes else ExitCode.PASS
+
+    def to_json(self) -> str:
+        """Return the run as one JSON document; numbers that JSON cannot say are null."""
+        content = {"format": 1, "exit_code": int(self.exit_code), **asdict(self)}
+        if self.size:
+            content["size"] |= {"ratio": self.size.ratio, "outcome": self.size.outcome}
+        return json.dumps(_sayable(content), indent=1, sort_keys=True)
+
+
+def _sayable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _sayable(item) for key, item in value.items()}
+    return [_sayable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,136 @@
+"""What the dataclasses say, for people and editors: the recipe's JSON Schema and the table of passes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from optimizer.catalogue import Catalogue
+from optimizer.decode import alternatives, describe_option, hints, is_required, recipe_fields
+from optimizer.recipe import Gate, Recipe
+from passes.base import Pass
+
+JsonSchema = dict[str, Any]
+_LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+_SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", types.NoneType: "null"}
+
+
+def recipe_schema(choices: Catalogue) -> JsonSchema:
+    """Return the JSON Schema (draft 7, which editors know best) of a recipe."""
+    schema = record_schema(Recipe)
+    sections = schema["properties"]
+    tasks = [_task_schema(name, task) for name, task in choices.tasks.items()]
+    sections["evaluate"] |= {"type": "object", "additionalProperties": {"anyOf": tasks}}
+    budgets = [record_schema(task.budget) for task in choices.tasks.values()]
+    sections["gate"] |= {**record_schema(Gate), "additionalProperties": {"anyOf": budgets}}
+    sections["passes"] |= {"type": "array", "minItems": 1, "items": _passes_schema(choices.passes)}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "optimize recipe", **schema}
+
+
+def record_schema(kind: type) -> JsonSchema:
+    """Return the schema of a dataclass: its fields with their help, ranges, choices and defaults."""
+    options = recipe_fields(kind)
+    schema: JsonSchema = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: _option_schema(hints(kind)[name], option) for name, option in options.items()},
+    }
+    required = [name for name, option in options.items() if is_required(option)]
+    return schema | ({"required": required} if required else {})
+
+
+def pass_table(choices: Catalogue) -> str:
+    """Return the passes and their options as a Markdown table."""
+    rows = ["| pass | what it does | reads → writes | options |", "|---|---|---|---|"]
+    for name, kind in choices.passes.items():
+        options = "<br>".join(
+            f"`{option}`: {text}" for option, text in option_lines(kind).items() if option not in recipe_fields(Pass)
+        )
+        cells = (f"`{name}`", first_line(kind), f"{kind.reads} → {kind.writes}", options or "none")
+        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def passes_text(choices: Catalogue) -> str:
+    """Return the passes and their options as plain text."""
+    lines = []
+    for name, kind in choices.passes.items():
+        lines += [f"{name}  {kind.reads} → {kind.writes}", f"  {first_line(kind)}."]
+        lines += [f"    {option}: {text}" for option, text in option_lines(kind).items()]
+    return "\n".join(lines) + "\n"
+
+
+def option_lines(kind: type) -> dict[str, str]:
+    """Return what each field of a dataclass is, takes and defaults to, in one line."""
+    lines = {}
+    for name, option in recipe_fields(kind).items():
+        parts = [option.metadata.get("help", ""), describe_option(hints(kind)[name], option), _default_text(option)]
+        lines[name] = "; ".join(part for part in parts if part)
+    return lines
+
+
+def first_line(kind: type) -> str:
+    """Return the first sentence of a class's docstring."""
+    return (kind.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+def written(value: Any) -> str:
+    """Return a default as a recipe writes it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(written(item) for item in value)}]"
+    return str(value)
+
+
+def _default_text(option: Field[Any]) -> str:
+    if is_required(option):
+        return "required"
+    return f"default {written(option.default)}" if option.default not in {MISSING, None} else ""
+
+
+def _task_schema(name: str, task: type) -> JsonSchema:
+    schema = record_schema(task)
+    schema["properties"] = {"task": {"const": name, "description": first_line(task)}, **schema["properties"]}
+    return schema | {"required": ["task", *schema["required"]]}
+
+
+def _passes_schema(passes: Mapping[str, type[Pass]]) -> JsonSchema:
+    bare = [name for name, kind in passes.items() if not any(map(is_required, recipe_fields(kind).values()))]
+    options = {name: record_schema(kind) | {"description": first_line(kind)} for name, kind in passes.items()}
+    one = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+    return {"anyOf": [{"enum": bare}, one | {"properties": options}]}
+
+
+def _option_schema(hint: Any, option: Field[Any]) -> JsonSchema:
+    schemas = [_type_schema(kind, option.metadata) for kind in alternatives(hint)]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    if "help" in option.metadata:
+        schema = {"description": option.metadata["help"]} | schema
+    if isinstance(option.default, bool | int | float | str | tuple):
+        schema = schema | {"default": list(option.default) if isinstance(option.default, tuple) else option.default}
+    return schema
+
+
+def _type_schema(kind: Any, metadata: Mapping[str, Any]) -> JsonSchema:
+    origin = get_origin(kind)
+    if hasattr(kind, "parse"):
+        return {"type": "string", "pattern": kind.pattern}
+    if origin is Literal:
+        return {"enum": list(get_args(kind))}
+    if origin is tuple:
+        return {"type": "array", "items": _type_schema(get_args(kind)[0], {})}
+    if origin is not None:
+        item = get_args(kind)[1]
+        return {"type": "object", "additionalProperties": _type_schema(item, {}) if _is_closed(item) else {}}
+    if kind in _SCALARS:
+        limits = {word: metadata[key] for key, word in _LIMITS.items() if key in metadata}
+        return {"type": _SCALARS[kind], **(limits if kind in {int, float} else {})}
+    return record_schema(kind) if _is_closed(kind) else {}
+
+
+def _is_closed(kind: Any) -> bool:
+    return get_origin(kind) is not None or kind in _SCALARS or hasattr(kind, "__dataclass_fields__")

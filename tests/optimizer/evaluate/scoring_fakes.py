@@ -1,0 +1,64 @@
+"""A scorer that answers from given arrays, items and logits to feed it, and a tokenizer of seven words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from optimizer.evaluate.items import Item
+
+
+class FakeScorer:
+    """Answers item i with logits[i]: [tokens, V] of a decoder, [labels] of a classifier; counts its passes."""
+
+    def __init__(self, logits, kind="decoder", rows=2):
+        self.answers = [np.asarray(answer, np.float32) for answer in logits]
+        self.kind, self.rows, self.passes = kind, rows, 0
+
+    def logits(self, items):
+        self.passes += 1
+        for index in reversed(range(len(items))):
+            for first in range(0, len(self.answers[index]), self.rows):
+                yield index, first, self.answers[index][first : first + self.rows]
+
+    def classify(self, items):
+        self.passes += 1
+        return np.stack(self.answers)
+
+
+def documents(*ids):
+    return [Item(tuple(row), str(number)) for number, row in enumerate(ids)]
+
+
+def labelled(*labels):
+    return [Item((5, 6), str(number), label) for number, label in enumerate(labels)]
+
+
+def one_hot(answers, width):
+    return [[9.0 if index == answer else 0.0 for index in range(width)] for answer in answers]
+
+
+def random_logits(items, vocabulary, seed):
+    numbers = np.random.default_rng(seed)
+    return [numbers.normal(size=(len(item.ids), vocabulary)).astype(np.float32) for item in items]
+
+
+def write_tokenizer(folder: Path, *, template: bool = False, max_length: int | None = None) -> Path:
+    words = ["<s>", "</s>", "a", "b", "c", "d", "<unk>"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    if max_length:
+        tokenizer.enable_truncation(max_length)
+        tokenizer.enable_padding(length=max_length)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -33,10 +33,9 @@ target: {{device: cpu, threads: {threads}}}
 passes:
   - quantize_rtn: {{format: int4, group_size: {group_size}, embedding: int4, lm_head: int4}}
   - export_onnx
-  - fuse_gqa
-  - fuse_norm
-  - fuse_gate
-"""
+{fusions}"""
+FUSIONS = ("fuse_gqa", "fuse_norm")
+"""The default chain's; `fusions.py` measures what each of them gains."""
 
 
 class LoweringFailed(Exception):
@@ -56,6 +55,7 @@ class Job:
     home: Path
     group_size: int = 32
     threads: int = 2
+    fusions: tuple[str, ...] = FUSIONS
 
     @property
     def artifact(self) -> Path:
@@ -69,6 +69,7 @@ class Job:
         recipe = self.home / "recipe.yaml"
         name = f"{self.source.name}-int4-g{self.group_size}"
         fields = {"name": name, "model": self.source, "threads": self.threads, "group_size": self.group_size}
+        fields["fusions"] = "".join(f"  - {fusion}\n" for fusion in self.fusions)
         recipe.write_text(RECIPE.format_map(fields))
         return [sys.executable, "-m", "optimizer.cli", str(recipe), "--output", str(self.artifact), "--json"]
 

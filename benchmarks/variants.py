@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from lowering import Job, LoweringFailed, lower
+from lowering import FUSIONS, Job, LoweringFailed, lower
 
 BENCHMARKS = Path(__file__).resolve().parent
 QUIET = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -88,19 +88,21 @@ def variants() -> list[Variant]:
     ]
 
 
-def ours(group_size: int) -> Variant:
+def ours(group_size: int, label: str = "", fusions: tuple[str, ...] = FUSIONS) -> Variant:
     """Return our artifact: int4 body and head in groups of `group_size`, decoded by our runtime."""
+    label = label or f"ours int4 g{group_size}"
 
     def build(setting: Setting, source: Path) -> Weights:
-        job = Job(source, setting.work / "ours" / f"{source.name}-g{group_size}", group_size)
+        home = setting.work / "ours" / "-".join([source.name, f"g{group_size}", *fusions])
+        job = Job(source, home, group_size, fusions=fusions)
         if not (job.artifact / "manifest.json").exists():
             try:
                 lower(job)
             except LoweringFailed as error:
-                raise Missing(f"ours int4 g{group_size}: {error}") from None
+                raise Missing(f"{label}: {error}") from None
         return describe_onnx(job.artifact, source)
 
-    return Variant(f"ours int4 g{group_size}", "ours", True, lambda _: Path(sys.executable), build)
+    return Variant(label, "ours", True, lambda _: Path(sys.executable), build)
 
 
 def genai(label: str, block_size: int, *options: str, sets_threads: bool = True) -> Variant:

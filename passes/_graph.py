@@ -101,10 +101,17 @@ def initializer(tensor: ir.TensorProtocol) -> ir.Value:
 
 def tidy(model: ir.Model) -> None:
     """Fold small constants, drop what nothing uses and every trace of where the graph was made; in place."""
-    from onnx_ir.passes.common import RemoveUnusedOpsetsPass
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
     from onnxscript import optimizer
 
-    optimizer.optimize_ir(model, onnx_shape_inference=False, input_size_limit=1024, output_size_limit=1024)
+    RemoveUnusedNodesPass()(model)  # first: the optimizer leaves alone what a node without use still reads
+    optimizer.optimize_ir(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=1024,
+        output_size_limit=1024,
+        should_fold=lambda node: False if node.op_type == "Transpose" else None,  # else of any size, kept in memory
+    )
     RemoveUnusedOpsetsPass()(model)
     model.opset_imports.setdefault(MICROSOFT, 1)
     model.metadata_props.clear()

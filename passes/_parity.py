@@ -1,4 +1,4 @@
-"""Run a graph beside its reference and say how far apart their numbers are.
+"""Ask a graph and its reference the same, and say how far apart their numbers are.
 
 Errors are the largest absolute difference over the range (largest minus least) of the reference's numbers. int8
 activations are switched off on both sides: their rounding would hide an error of the graph behind its own noise.
@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from passes._graph import GRAPH
+from passes._kind import kind_of
+from passes._quantized import QuantizedLinear
+from passes._walk import walk
+from passes.base import Context, Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from passes._skeleton import Skeleton
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Array = NDArray[Any]
+SPLITS = (9, 5, 1, 1, 4, 1)
+"""Prefill, chunk, decode, decode, chunk, decode."""
 
 
 def range_error(got: Array, want: Array) -> float:
@@ -27,6 +40,68 @@ def range_error(got: Array, want: Array) -> float:
     if got.shape != want.shape or not np.isfinite(got).all() or not np.isfinite(want).all():
         return float("inf")
     return float(np.abs(got - want).max() / max(float(np.ptp(want)), 1e-30))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Random inputs, and how a graph and a torch module answer them.
+
+    Attributes:
+        ids: a decoder's one sequence; empty for an encoder.
+        splits: lengths of the steps in which a graph runs that sequence; torch runs it in one pass.
+        feed: an encoder's right-padded batch; empty for a decoder.
+    """
+
+    ids: tuple[int, ...]
+    splits: tuple[int, ...]
+    feed: Mapping[str, Array]
+
+    @classmethod
+    def random(cls, config: Mapping[str, Any], seed: int, splits: tuple[int, ...] = SPLITS) -> Probe:
+        """Draw inputs for a model of this `config.json`; id 0, often padding, is left out."""
+        rng = np.random.default_rng(seed)
+        vocabulary = int(config["vocab_size"])
+        if kind_of(config) == "decoder":
+            return cls(tuple(rng.integers(1, vocabulary, sum(splits)).tolist()), splits, {})
+        lengths, width = np.array([11, 7, 1]), 11
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        types = ((np.arange(width) >= lengths[:, None] // 2) & (mask == 1)).astype(np.int64)
+        ids = rng.integers(1, vocabulary, mask.shape)
+        return cls((), (), {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
+
+    def graph(self, folder: Path, threads: int) -> Array:
+        """Return the answer of the graph of an onnx stage."""
+        runner = GraphRunner(folder, threads)
+        return runner.decode(self.ids, self.splits) if self.ids else self._real_tokens(runner.encode(self.feed))
+
+    def torch(self, module: PreTrainedModel) -> Array:
+        """Return the answer of a torch module."""
+        for child in module.modules():
+            if isinstance(child, QuantizedLinear):
+                child.exact_activations = True
+        if self.ids:
+            logits: Array = module(input_ids=torch.tensor([self.ids]), use_cache=False).logits[0].numpy()
+            return logits
+        tensors = {name: torch.tensor(value) for name, value in self.feed.items()}
+        if getattr(module.config, "type_vocab_size", 0) < 2:
+            tensors.pop("token_type_ids")
+        out = module(**tensors)
+        return self._real_tokens((out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy())
+
+    def walked(self, skeleton: Skeleton) -> Array:
+        """Return the answer of a torch stage, one block of its weights in memory at a time."""
+        return next(walk(skeleton, [self.torch]))[1]
+
+    def _real_tokens(self, out: Array) -> Array:
+        """Return the numbers of real tokens alone: what stands at padding means nothing."""
+        return out if out.ndim == 2 else out[self.feed["attention_mask"].astype(bool)]
+
+
+def graph_error(before: Model, after: Model, ctx: Context) -> float:
+    """Return the error of one onnx stage against another."""
+    probe = Probe.random(before.config, ctx.seed)
+    want = probe.graph(before.folder, ctx.threads)
+    return range_error(probe.graph(after.folder, ctx.threads), want)
 
 
 class GraphRunner:
@@ -38,12 +113,8 @@ class GraphRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        exact = _exact_graph(folder)
-        try:
-            self.session = ort.InferenceSession(str(exact), options, providers=["CPUExecutionProvider"])
-        finally:
-            if exact.name != GRAPH:
-                exact.unlink()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self.session = ort.InferenceSession(_exact_graph(folder), options, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
 
     def decode(self, ids: Sequence[int], splits: Sequence[int]) -> Array:
@@ -75,14 +146,11 @@ class GraphRunner:
         return result
 
 
-def _exact_graph(folder: Path) -> Path:
-    """Return the stage's graph, or a copy beside it in which no MatMulNBits rounds its activations."""
+def _exact_graph(folder: Path) -> bytes:
+    """Return the stage's graph, such that no MatMulNBits rounds its activations."""
     model = ir.load(folder / GRAPH)
-    rounding = [n for n in model.graph if n.op_type == "MatMulNBits" and n.attributes.get_int("accuracy_level", 0) == 4]
-    if not rounding:
-        return folder / GRAPH
-    for node in rounding:
-        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    path = folder / f".exact.{os.getpid()}.{GRAPH}"
-    ir.save(model, path)
-    return path
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    graph: bytes = ir.to_proto(model).SerializeToString()
+    return graph

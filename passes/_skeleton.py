@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from passes._kind import architecture_of
 from passes._quantized import LayerSpec, quantized, read_specs
 from passes._safetensors import TensorEntry, read_tensor, tensor_index
 from passes.base import Model, PassError
@@ -26,6 +27,7 @@ class Skeleton:
     """A model's modules without its weights.
 
     Attributes:
+        config: the content of `config.json`.
         module: the transformers model, in evaluation mode, parameters on the meta device; buffers that are computed
             from the configuration (rotary frequencies) are real.
         specs: module name -> how it is quantized.
@@ -34,6 +36,7 @@ class Skeleton:
     """
 
     def __init__(self, model: Model, attention: str = "sdpa") -> None:
+        self.config = model.config
         self.module = build_module(model.config, attention)
         self.specs: dict[str, LayerSpec] = read_specs(model.folder)
         self.ties = _ties(self.module)
@@ -69,6 +72,8 @@ class Skeleton:
 
     def aliases(self, tensor: str) -> list[str]:
         """Return every name of a tensor, the one to store it under first."""
+        if tensor in self.ties:
+            return list(self.ties[tensor])
         module, _, leaf = tensor.rpartition(".")
         family = self.ties.get(f"{module}.weight", ())
         if leaf == "bias" or not family:
@@ -151,23 +156,13 @@ def build_module(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
             f"{transformers.__version__}; a newer release may have it"
         )
     typed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    if attention == "sdpa" and not cls._supports_sdpa:
+        attention = "eager"
     with init_empty_weights(include_buffers=False), no_init_weights():
         module: PreTrainedModel = cls._from_config(typed, attn_implementation=attention, dtype=torch.float32)
     module.tie_weights()
     module.eval().requires_grad_(False)
     return module
-
-
-def architecture_of(config: Mapping[str, Any]) -> str:
-    """Return the model class a `config.json` names.
-
-    Raises:
-        PassError: it names none.
-    """
-    architectures = config.get("architectures") or []
-    if not architectures:
-        raise PassError("config.json: no `architectures`; expected one class name, such as ['LlamaForCausalLM']")
-    return str(architectures[0])
 
 
 def block_names(module: nn.Module) -> list[str]:

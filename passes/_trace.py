@@ -92,8 +92,16 @@ def trace_encoder(skeleton: Skeleton) -> ir.Model:
 
 
 def cache_shape(config: Any) -> tuple[int, int, int]:
-    """Return layers, key/value heads and head width of a decoder's configuration."""
+    """Return layers, key/value heads and head width of a decoder's configuration.
+
+    Raises:
+        PassError: it is of another kind, such as a state-space model.
+    """
     config = config.get_text_config(decoder=True)
+    if not hasattr(config, "num_attention_heads"):
+        raise PassError(
+            f"export_onnx: {config.model_type} has no attention heads; only attention models can be lowered"
+        )
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -231,18 +239,24 @@ def _trace(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> ir.Model:
-    with _weightless(skeleton.module), _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            graph,
-            arguments,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            input_names=inputs,
-            output_names=outputs,
-            optimize=False,
-            verbose=False,
-        )
+    try:
+        with _weightless(skeleton.module), _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                graph,
+                arguments,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:  # whatever an architecture nobody has tried makes torch raise
+        cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        architecture = type(skeleton.module).__name__
+        raise PassError(f"export_onnx: torch cannot trace {architecture}: {reason[:300]}") from error
     assert program is not None
     model = program.model
     model.ir_version = IR_VERSION
@@ -309,16 +323,15 @@ def _removed_after(hook: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks about packages that are not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence the exporter's remarks: what fails is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def _name_axes(model: ir.Model, axes: dict[str, list[str]]) -> None:

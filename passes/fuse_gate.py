@@ -8,27 +8,22 @@ Cost: one read and write of the graph's data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import GraphPass, Model
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ACTIVATIONS = ("Sigmoid", "Gelu", "Relu", "Tanh")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FuseGate(GraphPass):
     """Join the gate and up projections of gated feed-forward layers into one matrix product."""
 
-    def sites(self, graph: ir.Model) -> Sequence[ir.Node]:
-        """Return the activations of gates."""
-        return [node for node in graph.graph if node.op_type in ACTIVATIONS]
+    begins_at: ClassVar[tuple[str, ...]] = ("Sigmoid", "Gelu", "Relu", "Tanh")
 
-    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> None:
+    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> str:
         """Replace one pair of linear layers."""
         import onnx_ir as ir
 
@@ -40,6 +35,8 @@ class FuseGate(GraphPass):
         if node.op_type == "Sigmoid":
             active = _silu(gate, active)
         up = other(used_by(active, "Mul"), active)
+        producer = gate.producer()
+        require(producer is None or producer.op_type != "Split", "joined already")
         require(gate.shape is not None and up.shape is not None, "the widths are not known")
         if gate.shape[-1] != up.shape[-1]:  # type: ignore[index]
             raise Refusal("gate and up differ in width")
@@ -48,6 +45,7 @@ class FuseGate(GraphPass):
         graph.graph.insert_after(packed.producer(), split)  # type: ignore[arg-type]
         gate.replace_all_uses_with(split.outputs[0])
         up.replace_all_uses_with(split.outputs[1])
+        return ""
 
 
 def _silu(gate: ir.Value, sigmoid: ir.Value) -> ir.Value:

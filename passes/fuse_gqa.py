@@ -10,9 +10,9 @@ Cost: one read and write of the graph's data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from passes.base import GraphPass, Model
 
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 class FuseGqa(GraphPass):
     """Fold the rotary embedding into GroupQueryAttention, and query, key and value into one matrix product."""
 
-    def sites(self, graph: ir.Model) -> Sequence[ir.Node]:
-        """Return the attention nodes."""
-        return [node for node in graph.graph if node.op_type == "GroupQueryAttention"]
+    begins_at: ClassVar[tuple[str, ...]] = ("GroupQueryAttention",)
 
-    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> None:
+    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> str:
         """Replace one attention node."""
         import numpy as np
         import onnx_ir as ir
@@ -39,21 +37,22 @@ class FuseGqa(GraphPass):
 
         require(node.attributes.get_int("do_rotary", 0) == 0, "the rotary embedding is inside already")
         query, key = _rotation(node.inputs[0]), _rotation(node.inputs[1])
-        require(np.array_equal(query.frequencies, key.frequencies), "query and key turn by different angles")
+        same = np.array_equal(query.frequencies, key.frequencies) and query.scale == key.scale
+        require(same, "query and key turn by different angles")
         width = int(node.inputs[3].shape[3])  # type: ignore[union-attr,index,arg-type]
         require(2 * query.frequencies.size == width, f"{2 * query.frequencies.size} of {width} features are rotated")
         cosines, sines = _tables(query, int(model.config["max_position_embeddings"]))
         layer = str(node.inputs[3].name).split(".")[1]  # type: ignore[union-attr]
         for rotation in (query, key):
             rotation.layout.replace_input_with(0, rotation.unrotated)
+        projections, remark = list(node.inputs[:3]), ""
         try:
-            linears = [_linear(value) for value in node.inputs[:3]]
-            packed = pack_linears(graph, linears, f"layers.{layer}.qkv")
-        except Refusal:
-            projections = list(node.inputs[:3])
-        else:
-            projections = [packed, None, None]
-        tables = [new_constant(graph, "rotary.cosines", cosines), new_constant(graph, "rotary.sines", sines)]
+            linears = [_linear(value) for value in projections]
+            projections = [pack_linears(graph, linears, f"layers.{layer}.qkv"), None, None]
+        except Refusal as refusal:
+            remark = f"not packed: {refusal}"
+        turns = f"rotary.{zlib.crc32(cosines.tobytes()):08x}"  # layers that turn alike share their tables
+        tables = [new_constant(graph, f"{turns}.cosines", cosines), new_constant(graph, f"{turns}.sines", sines)]
         attributes = [*node.attributes.values(), ir.AttrInt64("do_rotary", 1)]
         fused = ir.Node(
             node.domain, node.op_type, [*projections, *node.inputs[3:7], *tables], attributes, num_outputs=3
@@ -64,6 +63,7 @@ class FuseGqa(GraphPass):
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.graph.remove(node, safe=True)
         _skip_reshapes(fused)
+        return remark
 
 
 class _Rotation(NamedTuple):

@@ -9,9 +9,8 @@ Cost: one read and write of the graph's data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import GraphPass, Model
 
@@ -23,11 +22,9 @@ if TYPE_CHECKING:
 class FuseNorm(GraphPass):
     """Fuse RMS normalization, and the residual addition before it, into one node each."""
 
-    def sites(self, graph: ir.Model) -> Sequence[ir.Node]:
-        """Return the squares that begin a normalization."""
-        return [node for node in graph.graph if node.op_type == "Pow"]
+    begins_at: ClassVar[tuple[str, ...]] = ("Pow",)
 
-    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> None:
+    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> str:
         """Replace one normalization."""
         import onnx_ir as ir
 
@@ -70,6 +67,7 @@ class FuseNorm(GraphPass):
             insert(graph, addition, fused)
             x.replace_all_uses_with(fused.outputs[3])
         last.outputs[0].replace_all_uses_with(fused.outputs[0])
+        return ""
 
 
 def _residual_terms(addition: ir.Node) -> tuple[ir.Value, ir.Value]:

@@ -50,6 +50,13 @@ class QuantizeRtn(BlockPass):
         default=(), metadata={"help": "layers left alone, as glob patterns on names, such as '*.down_proj'"}
     )
 
+    def __post_init__(self) -> None:
+        if self.format == "int2" and self.activations == "int8" and self.group_size in (16, 256):
+            raise ValueError(
+                f"group_size: got {self.group_size}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
+                "multiplies int2 weights by int8 activations in other groups"
+            )
+
     def requires(self, model: Model) -> None:
         """Refuse patterns that name nothing, tied tables in two formats, and models without a matching layer."""
         from passes._skeleton import Skeleton

@@ -1,0 +1,133 @@
+"""What every pass of the catalogue keeps to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from tiny_models import EXPORT, Workshop, file_hashes
+
+from optimizer.catalogue import installed
+from optimizer.document import compose
+from optimizer.reader import Reader
+from passes.base import ONNX, TORCH, BlockPass, Context, Model, Pass
+
+PASSES = installed().passes
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "datasets",
+    "scipy",
+    "safetensors",
+)
+every_pass = pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
+
+
+def input_of(workshop: Workshop, kind: type[Pass]) -> Model:
+    """Return a small model at the stage a pass reads."""
+    return {TORCH: workshop.model("llama"), ONNX: workshop.run("llama", EXPORT).model}[kind.reads]
+
+
+def variants(kind: type[Pass]) -> Iterator[Pass]:
+    """Yield the pass with its defaults, and with each field at each of its other values."""
+    yield kind()
+    hints = get_type_hints(kind)
+    for option in fields(kind):
+        for value in other_values(hints[option.name], option.default):
+            yield kind(**{option.name: value})
+
+
+def other_values(hint: Any, default: Any) -> list[Any]:
+    if hint is bool:
+        return [not default]
+    if get_origin(hint) is Literal:
+        return [value for value in get_args(hint) if value != default]
+    if hint == tuple[str, ...]:
+        return [("*.down_proj", "model.layers.0.*")]
+    return []
+
+
+def as_recipe(step: Pass) -> str:
+    """Return a pass as a recipe says it; JSON is YAML."""
+    return json.dumps({option.name: getattr(step, option.name) for option in fields(step)})
+
+
+@every_pass
+def test_a_pass_leaves_its_input_alone_and_returns_the_stage_it_declares(
+    workshop: Workshop, tmp_path: Path, kind: type[Pass]
+) -> None:
+    model, step = input_of(workshop, kind), kind()
+    files = file_hashes(model.folder)
+    ctx = Context(workdir=tmp_path, source=model)
+    step.requires(model)
+    result = step.run(model, ctx)
+    made = file_hashes(tmp_path)
+    step.ensures(model, result.model, ctx)
+    assert result.model.stage == kind.writes
+    assert (result.model.folder, result.model.assets) == (tmp_path, model.assets)
+    assert file_hashes(model.folder) == files
+    assert file_hashes(tmp_path) == made  # what `ensures` needed is gone again
+
+
+@every_pass
+def test_a_pass_makes_the_same_bytes_each_time(workshop: Workshop, tmp_path: Path, kind: type[Pass]) -> None:
+    model, step = input_of(workshop, kind), kind()
+    step.run(model, Context(workdir=tmp_path, source=model))
+    assert file_hashes(tmp_path) == file_hashes(run_once(workshop, model, step).folder)
+
+
+def run_once(workshop: Workshop, model: Model, step: Pass) -> Model:
+    before = () if model.stage == TORCH else (EXPORT,)
+    return workshop.run("llama", *before, step).model
+
+
+@every_pass
+def test_a_pass_changes_something_and_says_what(workshop: Workshop, kind: type[Pass]) -> None:
+    model = input_of(workshop, kind)
+    before = () if model.stage == TORCH else (EXPORT,)
+    result = workshop.run("llama", *before, kind())
+    assert max(result.changes.values()) > 0
+    assert file_hashes(result.model.folder) != file_hashes(model.folder)
+
+
+@every_pass
+def test_an_estimate_counts_places_and_bytes_where_there_is_one(workshop: Workshop, kind: type[Pass]) -> None:
+    estimate = kind().estimate(input_of(workshop, kind))
+    assert estimate is None or min(estimate.matches, estimate.bytes, estimate.peak_bytes) > 0
+    assert (estimate is None) <= (kind.reads == ONNX)  # only what works on a graph need not know before there is one
+
+
+@every_pass
+def test_a_recipe_rebuilds_the_pass_from_its_fields(kind: type[Pass]) -> None:
+    for step in variants(kind):
+        reader = Reader()
+        assert reader.record(compose(as_recipe(step), "recipe.yaml"), kind, kind.name()) == step
+        assert reader.mistakes == []
+
+
+@every_pass
+def test_a_pass_is_a_value(kind: type[Pass]) -> None:
+    assert len({*variants(kind), *variants(kind)}) == len(list(variants(kind)))
+    with pytest.raises(AttributeError):
+        kind().optional = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("module", ["passes.base", *(f"passes.{name}" for name in PASSES)])
+def test_importing_a_pass_imports_no_library(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {LIBRARIES!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_block_pass_reads_and_writes_torch() -> None:
+    assert all((kind.reads, kind.writes) == (TORCH, TORCH) for kind in PASSES.values() if issubclass(kind, BlockPass))

@@ -1,0 +1,134 @@
+"""Models of a few thousand parameters, made from a configuration and a seed; passes run on them once per session."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from passes._graph import load_graph
+from passes._skeleton import read_config
+from passes.base import TORCH, Context, Model, Pass, PassResult
+from passes.export_onnx import ExportOnnx
+from passes.quantize_rtn import QuantizeRtn
+
+DECODER = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ENCODER = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "num_labels": 3,
+}
+CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    "llama-untied": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": False}),
+    "llama-narrow": (
+        "LlamaForCausalLM",
+        {**DECODER, "tie_word_embeddings": False, "hidden_size": 40, "num_attention_heads": 2},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": False, "use_sliding_window": False}),
+    "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
+    "mistral-at-rest": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
+    "bert": ("BertForSequenceClassification", ENCODER),
+    "bert-embedder": ("BertModel", ENCODER),
+    "bert-masked": ("BertForMaskedLM", ENCODER),
+}
+
+EXPORT = ExportOnnx()
+TABLES_IN_INT8 = QuantizeRtn(format="int4", group_size=32, embedding="int8", lm_head="int8")
+MIXED = QuantizeRtn(
+    format="int4",
+    group_size=32,
+    symmetric=False,
+    embedding="int8",
+    lm_head="int4",
+    exclude=("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"),
+)
+"""Zero points, and in layer 1 projections of different formats."""
+
+
+def tiny_module(name: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model with the family's own initialisation, biases and norms moved off it unless it is "at rest"."""
+    architecture, settings = CONFIGURATIONS[name]
+    kind = getattr(transformers, architecture)
+    torch.manual_seed(seed)
+    module: PreTrainedModel = kind(kind.config_class(**settings)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1 and not name.endswith("at-rest"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def save_model(module: PreTrainedModel, folder: Path, **options: Any) -> Model:
+    """Write a module as its users find it on the Hub; return it at stage torch."""
+    module.save_pretrained(folder, **options)
+    return Model(TORCH, folder, folder, read_config(folder))
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return relative name -> sha256 of every file in a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def op_counts(model: Model) -> Counter[str]:
+    """Return how many nodes of each op type the graph of an onnx stage has."""
+    return Counter(node.op_type for node in load_graph(model.folder).graph)
+
+
+@dataclass
+class Workshop:
+    """Makes models and runs passes on them; what was made once is made no second time."""
+
+    folder: Path
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def model(self, name: str) -> Model:
+        """Return one of `CONFIGURATIONS` at stage torch, in float32."""
+        return self.once(name, lambda folder: save_model(tiny_module(name), folder))
+
+    def run(self, name: str, *steps: Pass) -> PassResult:
+        """Return what the last of `steps` makes of a model; `requires` and `ensures` are not asked."""
+        result = PassResult(self.model(name), {})
+        for count, step in enumerate(steps):
+            before = result.model
+            result = self.once(
+                (name, steps[: count + 1]), lambda folder, s=step, b=before: s.run(b, self.context(folder, b))
+            )
+        return result
+
+    def context(self, folder: Path, source: Model) -> Context:
+        """Return a context that works in `folder`."""
+        return Context(workdir=folder, source=source)
+
+    def once(self, key: Any, make: Callable[[Path], Any]) -> Any:
+        """Return what `make` made in a folder of its own the first time `key` was asked for."""
+        if key not in self.made:
+            self.made[key] = make(Path(tempfile.mkdtemp(dir=self.folder)))
+        return self.made[key]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from optimizer.run import Run
+    from optimizer.record import Run
 
 __all__ = ["run"]
 

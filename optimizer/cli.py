@@ -132,14 +132,16 @@ def passes(
 
 
 @app.command()
-def schema() -> int:
+def schema(
+    run: Annotated[bool, typer.Option("--run", help="Of what `optimize RECIPE --json` prints instead.")] = False,
+) -> int:
     """Print the JSON Schema of a recipe.
 
     Editors complete and check recipes with it: see the first line of each recipe.
     """
-    from optimizer.generated import schema_text
+    from optimizer.generated import run_schema_text, schema_text
 
-    typer.echo(schema_text(), nl=False)
+    typer.echo(run_schema_text() if run else schema_text(), nl=False)
     return ExitCode.PASS
 
 
@@ -347,7 +349,7 @@ def _standard_input() -> str:
 
 
 def _no_such(name: str) -> str:
-    from optimizer.decode import suggest
+    from optimizer.reader import suggest
 
     commands = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     return f"{name}: no such recipe or command{suggest(name, commands)}"

@@ -261,7 +261,7 @@ def _floor_words(effective: float, unit: str) -> str:
 def _advice(effective: float, unit: str) -> Warnings:
     if not clusters.FEWEST_GROUPS <= effective < _ADVISED_GROUPS:
         return ()
-    return ((FEW_GROUPS, f"{math.floor(effective)} effective {unit}; {_ADVISED_GROUPS} advised"),)
+    return ((FEW_GROUPS, f"{math.floor(effective)} effective {unit} ({_ADVISED_GROUPS} advised)"),)
 
 
 def _skewed(residuals: Array, effective: float) -> Warnings:

@@ -3,7 +3,7 @@
 Both models answered the same items. For a loss d (positive: the candidate is worse) and a budget m: **pass** when the
 upper one-sided 1 - alpha bound of d is at most m, **fail** when its lower bound is above m, else **inconclusive**. The
 two errors exclude each other, so neither claim takes level from the other (Berger 1982, Technometrics 24:295-300).
-Nothing here reads a file or loads a model. `compare.py` has what each metric shows, `statistics/` the bounds.
+Nothing here reads a file or loads a model. `evidence.py` has what each metric shows, `statistics/` the bounds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from .compare import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare
+from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare
 from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
 
 __all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Verdict", "judge"]

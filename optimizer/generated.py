@@ -1,6 +1,6 @@
-"""What is written from the code and checked by tests: README's table of passes and the recipe's JSON Schema.
+"""What is written from the code and checked by tests: README's table of passes, JSON Schemas of recipe and run.
 
-`python -m optimizer.generated` writes both, from the project's folder.
+`python -m optimizer.generated` writes them, from the project's folder.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from optimizer.catalogue import installed
 from optimizer.errors import CommandError
-from optimizer.schema import pass_table, recipe_schema
+from optimizer.schema import pass_table, recipe_schema, run_schema
 
 BEGIN, END = "<!-- passes -->", "<!-- /passes -->"
-README, SCHEMA = Path("README.md"), Path("recipes/recipe.schema.json")
+README, SCHEMA, RUN_SCHEMA = Path("README.md"), Path("recipes/recipe.schema.json"), Path("docs/run.schema.json")
 
 
 def with_table(readme: str, table: str) -> str:
@@ -34,11 +34,17 @@ def schema_text() -> str:
     return json.dumps(recipe_schema(installed()), indent=1, ensure_ascii=False) + "\n"
 
 
+def run_schema_text() -> str:
+    """Return the schema of a run as `optimize schema --run` prints it."""
+    return json.dumps(run_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 def write(root: Path) -> None:
-    """Write both below the project's folder."""
+    """Write all of it below the project's folder."""
     readme = root / README
     readme.write_text(with_table(readme.read_text(encoding="utf-8"), pass_table(installed())), encoding="utf-8")
     (root / SCHEMA).write_text(schema_text(), encoding="utf-8")
+    (root / RUN_SCHEMA).write_text(run_schema_text(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.artifact import canonical_json
 
+PROJECT = "optimize-models"
 PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript", "tokenizers", "torch", "transformers")
 """Distributions whose version may change what a pass makes or what a score is."""
 
@@ -31,5 +32,13 @@ def machine() -> dict[str, str]:
 
 
 def lock_text(inputs: Mapping[str, Any]) -> bytes:
-    """Return the content of `optimize.lock`."""
-    return canonical_json({"versions": versions(), "machine": machine(), **inputs})
+    """Return the content of `optimize.lock`: `inputs`, and the versions, our own with them."""
+    return canonical_json({"versions": own_version() | versions(), "machine": machine(), **inputs})
+
+
+def own_version() -> dict[str, str]:
+    """Return the version of this project, empty where it runs without being installed."""
+    try:
+        return {PROJECT: metadata.version(PROJECT)}
+    except metadata.PackageNotFoundError:
+        return {}

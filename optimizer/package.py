@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from optimizer.errors import CannotRun, CommandError
-from optimizer.evaluate.items import model_kind
+from optimizer.errors import CannotRun, CommandError, OptimizeError
+from optimizer.schema import written
 from optimizer.source import CONFIGURATION_FILES, NOTICE_FILES, Source
+from passes._kind import kind_of
 from passes.base import Model
 from runtime.artifact import (
     EVIDENCE,
@@ -22,44 +27,129 @@ from runtime.artifact import (
     Manifest,
     TensorSpec,
     is_allowed,
-    verify,
     write_manifest,
 )
 from runtime.errors import ServingError
 
 GRAPH = "model.onnx"
 PROBE_TOKENS = 4
+DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
+"""What a config.json means that names no labels."""
+UNFINISHED, OLD = "unfinished", "old"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into an artifact besides the model: text of the recipe and lock, and evidence by relative name."""
+    """What goes into an artifact besides the model.
 
-    name: str
+    Attributes:
+        recipe: becomes `recipe.yaml`.
+        lock: becomes `optimize.lock`.
+        card: becomes `README.md`.
+        write_evidence: fills the folder `evidence/`.
+    """
+
     recipe: str
     lock: bytes
     card: str
+    write_evidence: Callable[[Path], None]
 
 
-def write_artifact(folder: Path, source: Source, model: Model, contents: Contents, evidence: Path) -> Manifest:
-    """Make `folder` the artifact of `model`; an older artifact there is replaced in one step.
+def write_artifact(folder: Path, source: Source, model: Model, contents: Contents) -> Manifest:
+    """Make `folder` the artifact of `model`; an older artifact there is replaced.
+
+    All is written beside it first. A kill between the two renames of the replacement leaves the older one under the
+    hidden name that the next run removes, never a mixture.
 
     Args:
         folder: where it goes.
         source: where the model comes from.
         model: at the stage the runtime serves.
-        contents: texts to put beside it.
-        evidence: folder whose files become `evidence/`.
+        contents: what to put beside it.
 
     Raises:
-        CommandError: `folder` holds something that is no artifact.
-        CannotRun: the artifact does not load or answer.
+        CommandError: `folder` holds something that is no artifact, or cannot be written.
+        CannotRun: the disk is full, or the artifact does not load or answer.
     """
     require_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    folder = folder.resolve()  # what a link points to is replaced, not the link
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder.parent):
+            return _write(folder, source, model, contents)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def has_artifact(folder: Path) -> bool:
+    """Return whether an artifact, damaged or not, lies in `folder`."""
+    return _listed(folder) is not None
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse a place that cannot be written, or holds anything that is not part of an artifact.
+
+    Raises:
+        CommandError: says what lies there.
+    """
+    place = folder.resolve()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise CommandError(f"--output: {place} is a file, expected a folder; name another")
+    if place == folder.resolve():
+        _require_only_artifact(folder)
+        place = place.parent
+    try:  # asking for rights would miss file systems that are read-only
+        with TemporaryDirectory(dir=place, prefix=f".{folder.name}."):
+            pass
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> OptimizeError:
+    if error.errno in _FULL:
+        advice = "free some space, or name another folder by --output"
+        return CannotRun(f"{folder}: cannot write: {error.strerror}; {advice}")
+    return CommandError(f"--output: {folder} cannot be written: {error.strerror}; name another folder")
+
+
+def _require_only_artifact(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    listed = _listed(folder)
+    if names and listed is None:
+        raise CommandError(f"--output: {folder} holds files that are no artifact; name another folder or empty it")
+    if others := sorted(names - {MANIFEST, EVIDENCE, *(listed or ())}):
+        raise CommandError(f"--output: {folder} holds {others[0]} beside an artifact; move it, or name another folder")
+
+
+def _listed(folder: Path) -> set[str] | None:
+    """Return the files that an artifact's manifest names, of any format; None where there is no such manifest."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        return {str(name) for name in content["files"]} if type(content["format"]) is int else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Keep other runs from replacing artifacts in `parent` meanwhile, where the file system has locks."""
+    descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(folder: Path, source: Source, model: Model, contents: Contents) -> Manifest:
+    aside, old = (folder.with_name(f".{folder.name}.{what}") for what in (UNFINISHED, OLD))
+    for left_by_a_kill in (aside, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    try:
         aside.mkdir()
         _copy_model(model, aside)
         _copy_assets(model.assets, aside)
@@ -68,40 +158,24 @@ def write_artifact(folder: Path, source: Source, model: Model, contents: Content
         (aside / "README.md").write_text(contents.card, encoding="utf-8")
         manifest = write_manifest(aside, _describe(source, model, aside))
         _prove(aside)
-        shutil.copytree(evidence, aside / EVIDENCE)
-        _swap(aside, folder)
+        (aside / EVIDENCE).mkdir()
+        contents.write_evidence(aside / EVIDENCE)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for folder_aside in (aside, old):
+            shutil.rmtree(folder_aside, ignore_errors=True)
     return manifest
 
 
-def is_current(folder: Path, digest: str) -> bool:
-    """Return whether `folder` is the intact artifact of this identity already."""
-    try:
-        return verify(folder).digest == digest
-    except ServingError:
-        return False
-
-
-def require_replaceable(folder: Path) -> None:
-    """Refuse to write over a folder that is neither empty nor an artifact.
-
-    Raises:
-        CommandError: it is something else.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise CommandError(f"--output: {folder} holds files that are no artifact; name another folder or empty it")
-    if folder.exists() and not folder.is_dir():
-        raise CommandError(f"--output: {folder} is a file; name a folder")
-
-
-def model_card(name: str, source: Source, steps: Mapping[str, str]) -> str:
-    """Return the artifact's README: where it comes from, what was done, how to use it."""
+def model_card(name: str, source: Source, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return the artifact's README: where it comes from, what was done (passes and their options), how to use it."""
     front = "".join(
         f"{key}: {value}\n" for key, value in (("license", source.license), ("base_model", source.base_model)) if value
     )
-    chain = "".join(f"- `{step}`: {what}\n" for step, what in steps.items())
-    decoder = model_kind(source.model.config) == "decoder"
+    chain = "".join(f"- `{step}`{': ' if options else ''}{_options_text(options)}\n" for step, options in steps)
+    decoder = kind_of(source.model.config) == "decoder"
     use = 'optimize generate DIR --prompt "..."' if decoder else "optimize predict DIR < texts"
     return (
         f"---\n{front}---\n# {name}\n\nMade from {source.base_model}"
@@ -109,6 +183,10 @@ def model_card(name: str, source: Source, steps: Mapping[str, str]) -> str:
         f"`recipe.yaml` and `optimize.lock` say how, `evidence/` what was measured.\n\n"
         f"    optimize verify DIR\n    {use}\n"
     )
+
+
+def _options_text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {written(value)}" for name, value in options.items())
 
 
 def _copy_model(model: Model, folder: Path) -> None:
@@ -129,9 +207,10 @@ def _describe(source: Source, model: Model, folder: Path) -> Manifest:
     config = model.config
     inputs, outputs = _signature(folder / GRAPH)
     labels = None
-    kind = model_kind(config)
+    kind = kind_of(config)
     if kind == "classifier":
-        labels = tuple(label for _, label in sorted((int(i), str(label)) for i, label in config["id2label"].items()))
+        named = config.get("id2label") or DEFAULT_LABELS
+        labels = tuple(label for _, label in sorted((int(index), str(label)) for index, label in named.items()))
     return Manifest(
         kind=cast(Any, kind),
         graphs={"model": GRAPH},
@@ -190,12 +269,3 @@ def _prove(folder: Path) -> None:
             served.predict(["a"])
     except ServingError as error:
         raise CannotRun(f"the artifact does not answer: {error}") from None
-
-
-def _swap(aside: Path, folder: Path) -> None:
-    """Put `aside` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

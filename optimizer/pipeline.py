@@ -7,7 +7,6 @@ versions of the libraries, seed and threads. So a run that is repeated, or was k
 from __future__ import annotations
 
 import importlib
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,19 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, model_kind
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.gate import judge
 from optimizer.lock import lock_text, machine, versions
-from optimizer.package import Contents, model_card, require_replaceable, write_artifact
+from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.recipe import Recipe
+from optimizer.record import Judged, Run, SizeVerdict, Step
 from optimizer.report import Reporter, Style
-from optimizer.run import Judged, Run, SizeVerdict, Step
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.store import Store, default_limit, default_root
+from passes._kind import kind_of
 from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, Stage
+from runtime.errors import ServingError
 from runtime.threads import default_threads
 
 SEED = 0
@@ -47,24 +48,39 @@ def run(
     """Run a checked recipe; arguments as for `optimizer.run`.
 
     Raises:
-        OptimizeError: the work cannot be done.
-        PassError: a pass refused the model, or its result is not what it promises.
+        OptimizeError: the work cannot be done, a pass refused the model, or its result is not what it promises.
     """
+    try:
+        return _run(recipe, output or Path("artifacts") / recipe.name, store, stop_after, keep, Reporter(reporter))
+    except (PassError, ServingError) as error:
+        raise CannotRun(str(error)) from error
+
+
+def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | None, keep: bool, told: Reporter) -> Run:
     start = time.perf_counter()
-    folder = output or Path("artifacts") / recipe.name
     require_replaceable(folder)
-    told = Reporter(reporter)
     with Store(store or default_root(), default_limit(), told.warn) as opened:
         chain = _Chain.begin(recipe, opened, told)
-        steps = list(chain.steps(stop_after))
+        steps = tuple(chain.steps(stop_after, must_end=keep))
         size = chain.size(steps[-1]) if stop_after is None else None
-        done = Run(recipe.name, tuple(steps), size, None, None, stop_after, time.perf_counter() - start)
+        done = Run(recipe.name, steps, size, None, None, stop_after, time.perf_counter() - start)
         if stop_after is None and (keep or done.exit_code == 0):
-            digest = chain.package(folder, done)
+            with told.progress("packing"):
+                digest = chain.package(folder, done)
             done = replace(done, artifact=str(folder), digest=digest)
+        elif has_artifact(folder):
+            done = replace(done, earlier=str(folder))
         done = replace(done, seconds=time.perf_counter() - start)
     told.end(done)
     return done
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How a step's scores were come by; fields as in `Step`."""
+
+    is_scored: bool = False
+    score_s: float = 0.0
 
 
 @dataclass
@@ -77,6 +93,7 @@ class _Chain:
         items: of each evaluation.
         source_results: scores of the untouched model.
         results: scores of the model as it is now.
+        scored: how those were come by.
     """
 
     recipe: Recipe
@@ -89,34 +106,38 @@ class _Chain:
     items: Mapping[str, list[Item]]
     source_results: Results
     results: Results
+    scored: Scored
 
     @classmethod
     def begin(cls, recipe: Recipe, store: Store, told: Reporter) -> _Chain:
         """Load, check and score the source."""
         with told.progress("loading") as progress:
             source = load_source(recipe.model, recipe.model_folder, progress)
+            _require_sizes(source.model)
             check_finite(source, store, progress)
         reader = TextReader.of(source.model.assets, source.model.config)
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
         threads = recipe.target.threads or default_threads()
         key = fingerprint(source_identity(source, store))
-        chain = cls(recipe, store, told, source, threads, source.model, key, items, {}, {})
-        chain.source_results = chain.results = chain._score("source")
+        chain = cls(recipe, store, told, source, threads, source.model, key, items, {}, {}, Scored())
+        chain._score("source")
+        chain.source_results = chain.results
         return chain
 
-    def steps(self, stop_after: str | None) -> Iterator[Step]:
-        """Run the passes, one step each after the source's own; end early after a gate that fails."""
+    def steps(self, stop_after: str | None, must_end: bool) -> Iterator[Step]:
+        """Run the passes, one step each after the source's own; end early after a gate that fails unless `must_end`."""
         passes = self.recipe.passes
-        before = Step("source", self._bytes(), self._points())
-        self.told.step(0, len(passes), before, None)
-        yield before
+        width = max(len(name) for name in ("source", *(each.name() for each in passes)))
+        source = Step("source", self._bytes(), self._points(), **asdict(self.scored))
+        self.told.step(0, len(passes), source, None, width)
+        yield source
         for number, each in enumerate(passes, 1):
             step = self._step(each)
-            self.told.step(number, len(passes), step, before)
+            self.told.step(number, len(passes), step, source, width)
             yield step
-            if each.name() == stop_after or any(gate.verdict.outcome == "fail" for gate in step.gates):
+            is_over = not must_end and any(gate.verdict.outcome == "fail" for gate in step.gates)
+            if is_over or each.name() == stop_after:
                 return
-            before = step
 
     def size(self, last: Step) -> SizeVerdict | None:
         """Compare the size of the weights with the source's, both as stored."""
@@ -125,23 +146,25 @@ class _Chain:
 
     def package(self, folder: Path, done: Run) -> str:
         """Write the artifact and return its identity."""
-        names = [step.name for step in done.steps[1:] if not step.is_skipped]
-        fields = {each.name(): _options(each) for each in self.recipe.passes}
+        steps = zip(self.recipe.passes, done.steps[1:], strict=True)
+        ran = [(each.name(), _options(each)) for each, step in steps if not step.is_skipped]
         inputs = {
             "source": source_identity(self.source, self.store),
-            "passes": [{name: fields[name]} for name in names],
+            "passes": [{name: options} for name, options in ran],
             "items": {name: items_hash(items, 0) for name, items in sorted(self.items.items())},
             "seed": SEED,
             "threads": self.threads,
         }
-        card = model_card(self.recipe.name, self.source, {name: str(fields[name]) for name in names})
-        contents = Contents(self.recipe.name, self.recipe.text, lock_text(inputs), card)
-        with tempfile.TemporaryDirectory() as evidence:
-            (Path(evidence) / "run.json").write_text(done.to_json() + "\n", encoding="utf-8")
+        card = model_card(self.recipe.name, self.source, ran)
+
+        def write_evidence(folder: Path) -> None:
+            (folder / "run.json").write_text(done.to_json() + "\n", encoding="utf-8")
             for kind, results in (("source", self.source_results), ("artifact", self.results)):
                 for name, result in results.items():
-                    result.save(Path(evidence) / "items" / name / kind)
-            return write_artifact(folder, self.source, self.model, contents, Path(evidence)).digest
+                    result.save(folder / "items" / name / kind)
+
+        contents = Contents(self.recipe.text, lock_text(inputs), card, write_evidence)
+        return write_artifact(folder, self.source, self.model, contents).digest
 
     def _step(self, each: Pass) -> Step:
         key = fingerprint([self.key, _pass_identity(each), self.threads, SEED, versions(), machine()])
@@ -151,11 +174,11 @@ class _Chain:
         except PassError as refusal:
             if not each.optional:
                 raise
-            return Step(each.name(), self._bytes(), self._points(), self._judge(), None, str(refusal), True)
+            return Step(each.name(), self._bytes(), self._points(), self._judge(), {}, str(refusal), True)
         meta = entry.meta
         self.key = key
         self.model = Model(Stage(**meta["stage"]), entry.folder, self.model.assets, meta["config"])
-        self.results = self._score(each.name())
+        self._score(each.name())
         return Step(
             name=each.name(),
             bytes=self._bytes(),
@@ -165,6 +188,7 @@ class _Chain:
             note=meta["note"],
             is_stored=not entry.is_new,
             pass_s=meta["seconds"],
+            **asdict(self.scored),
         )
 
     def _run(self, each: Pass, folder: Path, progress: Any) -> Mapping[str, Any]:
@@ -187,14 +211,16 @@ class _Chain:
             "seconds": time.perf_counter() - start,
         }
 
-    def _score(self, what: str) -> Results:
-        """Return the model's result on every evaluation, from the store where it is known."""
+    def _score(self, what: str) -> None:
+        """Score the model on every evaluation, or take its results from the store."""
         if not self.items:
-            return {}
+            return
         asked = {name: [items_hash(self.items[name], 0), asdict(task)] for name, task in self.recipe.evaluate.items()}
-        parts = ["scores", self.key, asked, self.threads, versions(), machine(), self._source_key()]
+        code = scoring_code()
+        parts = ["scores", code, self.key, asked, self.threads, versions(), machine(), self._source_key()]
         entry = self.store.get_or_build(fingerprint(parts), lambda folder: self._evaluate(what, folder))
-        return {name: load_result(entry.folder / name) for name in self.items}
+        self.results = {name: load_result(entry.folder / name) for name in self.items}
+        self.scored = Scored(entry.is_new, entry.meta["seconds"])
 
     def _source_key(self) -> str:
         return "" if self.model is self.source.model else source_identity(self.source, self.store)
@@ -203,17 +229,20 @@ class _Chain:
         from optimizer.evaluate.run import evaluate
 
         against = None if self.model is self.source.model else self.source_results
+        scorer = self._scorer()
+        start = time.perf_counter()
         with self.told.progress(f"scoring {what}") as progress, _quiet_libraries():
-            results = evaluate(self.recipe.evaluate, self.items, self._scorer(), against, progress)
+            results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress)
         for name, result in results.items():
             result.save(folder / name)
-        return {}
+        return {"seconds": time.perf_counter() - start}
 
     def _scorer(self) -> Any:
         from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
 
-        kind = model_kind(self.source.model.config)
+        kind = kind_of(self.source.model.config)
         if self.model.stage == TORCH:
+            importlib.import_module("passes._walk")  # with torch and transformers, whose loading is not scoring
             return TorchScorer(self.model, kind, self.threads)
         if self.model.stage == ONNX:
             return RuntimeScorer(self.model.folder / "model.onnx", kind, self.threads)
@@ -249,6 +278,21 @@ class _Chain:
         return _weights_bytes(self.model)
 
 
+def _require_sizes(model: Model) -> None:
+    """Refuse a configuration that leaves open what tokenizer and artifact must agree with.
+
+    Raises:
+        CannotRun: names the first key that is missing or no size.
+    """
+    where, named = model.folder / "config.json", model.config.get("architectures")
+    if not isinstance(named, list) or not named:
+        raise CannotRun(f"{where}: architectures: got {named!r}, expected a class, such as ['LlamaForCausalLM']")
+    for key in ("vocab_size", "max_position_embeddings"):
+        value = model.config.get(key)
+        if type(value) is not int or value < 1:
+            raise CannotRun(f"{where}: {key}: got {value!r}, expected a whole number of at least 1")
+
+
 def _weights_bytes(model: Model) -> int:
     """Return the size of the files that hold the weights and the graph."""
     if model.stage == TORCH:
@@ -256,6 +300,18 @@ def _weights_bytes(model: Model) -> int:
 
         return sum(path.stat().st_size for path in weight_files(model.folder))
     return sum(path.stat().st_size for path in model.folder.glob("model.onnx*"))
+
+
+def scoring_code() -> str:
+    """Return the hash of the code that turns a model and items into scores, as far as it is ours."""
+    import optimizer.evaluate
+    import passes
+    import runtime
+
+    folders = (*optimizer.evaluate.__path__, *runtime.__path__)
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    walk = source_fingerprint(Path(passes.__path__[0]) / "_walk.py")
+    return fingerprint([walk, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}])
 
 
 def _options(each: Pass) -> dict[str, Any]:

@@ -36,9 +36,7 @@ def _step(recipe: Recipe, index: int, source: Model) -> Step:
         estimate = chosen.estimate(replace(source, stage=chosen.reads))
     except PassError as error:
         return Step(chosen.name(), None, str(error))
-    except NotImplementedError:
-        return Step(chosen.name(), None, NO_ESTIMATE)
-    return Step(chosen.name(), estimate)
+    return Step(chosen.name(), estimate, "" if estimate else NO_ESTIMATE)
 
 
 def plan_lines(steps: tuple[Step, ...]) -> list[str]:

@@ -16,12 +16,12 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from optimizer import catalogue
 from optimizer.catalogue import Catalogue
-from optimizer.decode import BAD, Reader, Special, join, one_of, suggest
 from optimizer.document import compose, override, scalar
 from optimizer.errors import CommandError, Mistake, RecipeError
 from optimizer.evaluate.task import Task, TaskBudget
 from optimizer.hub import HubId
 from optimizer.quantities import check_ranges
+from optimizer.reader import BAD, Reader, Special, join, one_of, suggest
 from passes.base import ONNX, TORCH, Pass, Stage
 
 SERVED = {"cpu": ONNX}

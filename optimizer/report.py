@@ -1,13 +1,18 @@
-"""What a person sees while a recipe runs: one line per pass, and progress with an estimate in between."""
+"""What a person sees while a recipe runs: one line per pass, and progress with an estimate in between.
+
+On a terminal a line wider than it goes on below its own text; elsewhere it stays one line, for grep.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from optimizer.run import Judged, Run, SizeVerdict, Step
+from optimizer.record import Judged, Run, SizeVerdict, Step
 from passes.base import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -15,6 +20,9 @@ if TYPE_CHECKING:
 
 Style = Literal["live", "plain", "quiet"]
 SHOW_AFTER_S = 1.0
+AGAINST_SOURCE = ("flips", "kl")
+_SEPARATOR = " | "
+_UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "flips": " %"}
 
 
 class Reporter:
@@ -35,59 +43,84 @@ class Reporter:
 
     @contextmanager
     def progress(self, work: str) -> Iterator[Progress]:
-        """Yield what a pass reports to; the bar shows once the work has lasted a second."""
+        """Yield what a pass reports to; the bar shows once the work has lasted a second, reports or not."""
         if self.style != "live":
             yield no_progress
             return
         with _bars() as bars:
-            task = bars.add_task(work, total=None, visible=False)
+            task = bars.add_task(work, total=None, what="")
 
             def report(done: int, total: int, what: str) -> None:
-                visible = (bars.tasks[0].elapsed or 0) > SHOW_AFTER_S
-                bars.update(task, completed=done, total=total, visible=visible, description=f"{work} ({what})")
+                bars.update(task, completed=done, total=total, what=what)
 
             yield report
 
-    def step(self, number: int, total: int, step: Step, before: Step | None) -> None:
-        """Say what a pass did: changes, scores with interval and verdict, size, seconds."""
-        self.line(step_line(number, total, step, before))
-        if step.note and not step.is_skipped:
-            self.line(f"      {step.note}")
+    def step(self, number: int, total: int, step: Step, source: Step | None, width: int = 0) -> None:
+        """Say what a pass did: scores with interval and verdict, changes, size, seconds."""
+        for line in step_lines(number, total, step, source, width, self._columns()):
+            self.line(line)
 
     def end(self, run: Run) -> None:
         """Say how the run ended."""
         for line in end_lines(run):
             self.line(line)
 
+    def _columns(self) -> int | None:
+        """Return how wide a line may be, None for any width."""
+        return shutil.get_terminal_size().columns if self.style == "live" or "COLUMNS" in os.environ else None
 
-def step_line(number: int, total: int, step: Step, before: Step | None) -> str:
-    """Return the line of one pass, or of the source when `number` is 0."""
-    head = f"{number}/{total} {step.name:<14}"
+
+def step_lines(
+    number: int, total: int, step: Step, source: Step | None, width: int = 0, columns: int | None = None
+) -> list[str]:
+    """Return what is said of one pass, or of the source when `number` is 0.
+
+    Args:
+        number: the pass's place in the chain, counted from 1.
+        total: passes in the chain.
+        step: the pass.
+        source: the source's step; None for the source itself.
+        width: of the longest name in the chain.
+        columns: where lines are broken, between two findings; None for nowhere.
+    """
+    head = f"{number}/{total} {step.name:<{width}}  "
     if step.is_skipped:
-        return f"{head} skipped: {step.note}"
-    parts = [", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in (step.changes or {}).items() if count)]
-    judged = {(gate.evaluation, gate.verdict.metric) for gate in step.gates}
-    parts += [score_text(gate) for gate in step.gates]
-    for name, score in step.scores.items():
-        evaluation, _, metric = name.partition("/")
-        if (evaluation, metric) not in judged and (before is None or metric not in ("flips", "kl")):
-            was = before.scores.get(name) if before else None
-            parts.append(f"{metric} {number_text(metric, score)}" if was is None else _change(metric, was, score))
-    parts.append(f"{step.bytes / 1e6:.2f} MB")
-    parts.append("stored" if step.is_stored else f"{step.pass_s:.1f} s")
-    return f"{head} " + " | ".join(part for part in parts if part)
+        return [f"{head}skipped: {step.note}"]
+    parts = [score_text(gate) for gate in step.gates]
+    parts += _reported(step, source)
+    parts += [f"{count:,} {what.replace('_', ' ')}" for what, count in (step.changes or {}).items() if count]
+    parts += [f"{step.bytes / 1e6:.2f} MB", seconds_text(step)]
+    note = [f"{' ' * len(head)}{step.note}"] if step.note else []
+    return [*_broken(head, parts, columns), *note]
+
+
+def seconds_text(step: Step) -> str:
+    """Return how long pass and scoring took, or that they were found in the store."""
+    is_source = step.changes is None
+    made = [] if is_source else ["stored" if step.is_stored else f"{step.pass_s:.1f} s"]
+    scored = [f"{step.score_s:.1f} s scoring"] if step.is_scored else []
+    return " + ".join(made + scored) or ("stored" if step.scores else "not scored")
 
 
 def score_text(judged: Judged) -> str:
-    """Return one gate's finding: score before and after, loss with its upper bound, budget, verdict."""
+    """Return one gate's finding: score before and after, loss with its bounds, budget, verdict."""
     verdict = judged.verdict
     metric = verdict.metric
-    scores = f"{metric} {number_text(metric, verdict.candidate)}"
-    if metric not in ("flips", "kl"):
-        scores = _change(metric, verdict.source, verdict.candidate)
-    loss = "" if metric in ("flips", "kl") else f"{loss_text(metric, verdict.difference)} "
-    interval = f"[{loss_text(metric, verdict.lower)}, {loss_text(metric, verdict.upper)}]"
-    return f"{scores} {loss}{interval} of {loss_text(metric, verdict.limit)}: {verdict.outcome.upper()}"
+    name = label(judged)
+    loss, lower, upper, limit = _losses(metric, verdict.limit, (verdict.difference, verdict.lower, verdict.upper))
+    unit = _UNITS.get(metric, "")
+    budget = limit.removeprefix("+") + unit
+    after = f"{loss}{unit} [{lower}, {upper}] of {budget}: {verdict.outcome.upper()}"
+    if metric in AGAINST_SOURCE:
+        return f"{name} {after}"
+    scores = [number_text(metric, value) for value in (verdict.source, verdict.candidate)]
+    return f"{name} {scores[0]} -> {scores[1]}, {after}"
+
+
+def label(judged: Judged) -> str:
+    """Return what a gate judges: evaluation and metric, once where they are called the same."""
+    metric = judged.verdict.metric
+    return metric if judged.evaluation == metric else f"{judged.evaluation} {metric}"
 
 
 def number_text(metric: str, value: float) -> str:
@@ -97,62 +130,112 @@ def number_text(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "kl" else f"{value:.3f}"
 
 
-def loss_text(metric: str, value: float) -> str:
-    """Return a loss in its budget's unit."""
-    if metric in ("accuracy", "f1"):
-        return f"{100 * value:+.2f} pt"
-    if metric == "perplexity":
-        return f"{100 * value:+.2f} %"
-    return f"{100 * value:.2f} %" if metric == "flips" else f"{value:.4f}"
+def told_apart(values: Iterable[float], limit: float, least: int, spec: str = "") -> list[str]:
+    """Return numbers and then their limit, with as many digits as show on which side of it each of them is.
+
+    Args:
+        values: what is compared with the limit.
+        limit: the limit.
+        least: digits after the point where that is enough.
+        spec: what stands before the precision in a format, such as "+".
+    """
+    values = list(values)
+    for digits in range(least, 10):
+        texts = [f"{value:{spec}.{digits}f}" for value in (*values, limit)]
+        if all(text != texts[-1] or value == limit for value, text in zip(values, texts, strict=False)):
+            break
+    return texts
 
 
 def size_text(size: SizeVerdict) -> str:
     """Return the finding of the size gate."""
+    share, limit = told_apart([100 * size.ratio], 100 * size.max_ratio, 1)
     return (
-        f"size {size.bytes / 1e6:.2f} MB, {size.ratio:.3f} of the source's {size.source_bytes / 1e6:.2f} MB, "
-        f"of at most {size.max_ratio:g}: {size.outcome.upper()}"
+        f"size {size.bytes / 1e6:.2f} MB, {share} % of the source's {size.source_bytes / 1e6:.2f} MB, "
+        f"of at most {limit}: {size.outcome.upper()}"
     )
 
 
 def end_lines(run: Run) -> Iterator[str]:
-    """Yield the closing lines: undecided and failed gates with their reason, then what became of the artifact."""
-    last = run.steps[-1]
+    """Yield the closing lines: size, gates with something to say, then what became of the artifact."""
     if run.size:
         yield size_text(run.size)
-    for judged in last.gates:
+    for judged in run.steps[-1].gates:
         verdict = judged.verdict
         if verdict.outcome != "pass" or verdict.flags:
             more = f"; about {verdict.items_needed:,} items would decide" if verdict.items_needed else ""
-            yield f"{judged.evaluation}: {verdict.metric}: {verdict.outcome}: {verdict.reason}{more}"
+            outcome = "" if verdict.outcome == "pass" else f"{verdict.outcome.upper()}, "
+            yield f"{label(judged)}: {outcome}{verdict.reason}{more}"
     if run.artifact:
-        yield f"{run.artifact}  {run.digest}"
-    elif run.stopped_after:
-        yield f"stopped after {run.stopped_after}; no artifact"
+        yield f"artifact {run.artifact}"
+        yield f"digest   {run.digest}"
     else:
-        yield f"no artifact: {'a gate failed' if run.exit_code == 1 else 'a gate is undecided'} (--keep keeps one)"
+        yield f"no artifact: {_why_none(run)}"
     yield f"{run.seconds:.1f} s"
+    if run.earlier:
+        yield f"careful: {run.earlier} is left from an earlier run, this one did not make it"
 
 
-def _change(metric: str, before: float, after: float) -> str:
-    return f"{metric} {number_text(metric, before)} -> {number_text(metric, after)}"
+def _why_none(run: Run) -> str:
+    if run.stopped_after:
+        return f"stopped after {run.stopped_after}, as asked"
+    finding = "a gate failed" if run.exit_code == 1 else "a gate is undecided"
+    return f"{finding} (--keep makes one all the same)"
+
+
+def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
+    """Return losses and then the budget, in the budget's unit."""
+    if metric == "kl":
+        return told_apart(values, limit, 4)
+    spec = "" if metric == "flips" else "+"
+    return told_apart([100 * value for value in values], 100 * limit, 2, spec)
+
+
+def _reported(step: Step, source: Step | None) -> Iterator[str]:
+    """Yield the scores that no gate judges; what only compares with the source says nothing of the source."""
+    judged = {(gate.evaluation, gate.verdict.metric) for gate in step.gates}
+    for name, score in step.scores.items():
+        evaluation, _, metric = name.partition("/")
+        if (evaluation, metric) in judged or (source is None and metric in AGAINST_SOURCE):
+            continue
+        shown = metric if evaluation == metric else f"{evaluation} {metric}"
+        before = None if source is None or metric in AGAINST_SOURCE else source.scores[name]
+        change = "" if before is None else f"{number_text(metric, before)} -> "
+        yield f"{shown} {change}{number_text(metric, score)}"
+
+
+def _broken(head: str, parts: Iterable[str], columns: int | None) -> list[str]:
+    """Return the parts in lines of at most `columns`, the later ones below the first one's text."""
+    lines = [head]
+    for part in parts:
+        is_first = lines[-1] == head
+        joined = lines[-1] + ("" if is_first else _SEPARATOR) + part
+        if columns is None or is_first or len(joined) <= columns:
+            lines[-1] = joined
+        else:
+            lines.append(" " * len(head) + part)
+    return lines
 
 
 def _bars() -> Bars:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    class Late(RichProgress):
+        """Shows nothing of work that is done within a second."""
+
+        def get_renderables(self) -> Iterator[Any]:
+            if any((task.elapsed or 0) > SHOW_AFTER_S for task in self.tasks):
+                yield from super().get_renderables()
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[what]}"),
         TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Late(*columns, console=Console(stderr=True), transient=True)

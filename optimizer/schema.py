@@ -1,16 +1,19 @@
-"""What the dataclasses say, for people and editors: the recipe's JSON Schema and the table of passes."""
+"""What the dataclasses say, for people and programs: JSON Schemas of a recipe and of a run, and the table of passes."""
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from optimizer.catalogue import Catalogue
-from optimizer.decode import alternatives, describe_option, hints, is_required, recipe_fields
+from optimizer.reader import alternatives, describe_option, hints, is_required, recipe_fields
 from optimizer.recipe import Gate, Recipe
+from optimizer.record import FORMAT, Run, SizeVerdict
 from passes.base import Pass
 
 JsonSchema = dict[str, Any]
@@ -28,6 +31,35 @@ def recipe_schema(choices: Catalogue) -> JsonSchema:
     sections["gate"] |= {**record_schema(Gate), "additionalProperties": {"anyOf": budgets}}
     sections["passes"] |= {"type": "array", "minItems": 1, "items": _passes_schema(choices.passes)}
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "optimize recipe", **schema}
+
+
+def run_schema() -> JsonSchema:
+    """Return the JSON Schema (draft 7) of what `optimize RECIPE --json` prints."""
+    schema = document_schema(Run)
+    added = {"format": {"const": FORMAT}, "exit_code": {"enum": [0, 1, 3]}}
+    size = document_schema(SizeVerdict)
+    more = {"ratio": {"type": "number"}, "outcome": {"enum": ["pass", "fail"]}}
+    size |= {"properties": size["properties"] | more, "required": [*size["required"], *more]}
+    schema["properties"] = added | schema["properties"] | {"size": {"anyOf": [size, {"type": "null"}]}}
+    schema["required"] = list(schema["properties"])
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "optimize run", **schema}
+
+
+def document_schema(kind: Any) -> JsonSchema:
+    """Return the schema of a dataclass as it is printed: every field is there; a number that is not finite is null."""
+    told = _attributes(kind)
+    properties = {
+        option.name: ({"description": told[option.name]} if option.name in told else {})
+        | _printed_schema(hints(kind)[option.name])
+        for option in fields(kind)
+    }
+    return {
+        "type": "object",
+        "description": first_line(kind),
+        "additionalProperties": False,
+        "required": list(properties),
+        "properties": properties,
+    }
 
 
 def record_schema(kind: type) -> JsonSchema:
@@ -130,6 +162,29 @@ def _type_schema(kind: Any, metadata: Mapping[str, Any]) -> JsonSchema:
         limits = {word: metadata[key] for key, word in _LIMITS.items() if key in metadata}
         return {"type": _SCALARS[kind], **(limits if kind in {int, float} else {})}
     return record_schema(kind) if _is_closed(kind) else {}
+
+
+def _printed_schema(hint: Any) -> JsonSchema:
+    kinds = alternatives(hint)
+    if len(kinds) > 1:
+        return {"anyOf": [_printed_schema(kind) for kind in kinds]}
+    origin = get_origin(hint)
+    if origin is Literal:
+        return {"enum": list(get_args(hint))}
+    if origin is tuple:
+        return {"type": "array", "items": _printed_schema(get_args(hint)[0])}
+    if origin is not None:
+        return {"type": "object", "additionalProperties": _printed_schema(get_args(hint)[1])}
+    if hint is float:
+        return {"type": ["number", "null"]}
+    return {"type": _SCALARS[hint]} if hint in _SCALARS else document_schema(hint)
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """Return what the `Attributes:` of a docstring say, by name."""
+    _, _, text = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    found = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", text, re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in found}
 
 
 def _is_closed(kind: Any) -> bool:

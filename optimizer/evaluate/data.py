@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimizer.decode import suggest
 from optimizer.errors import ExitCode, OptimizeError
+from optimizer.reader import suggest
 
 if TYPE_CHECKING:
     from optimizer.recipe import DataSource

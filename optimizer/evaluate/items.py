@@ -14,6 +14,7 @@ import numpy as np
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Row, first_line, read_rows
+from passes._kind import kind_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +87,7 @@ class TextReader:
         return cls(
             tokenizer=tokenizer,
             truncation=tokenizer.truncation,
-            kind=model_kind(config),
+            kind=kind_of(config),
             vocabulary=int(text["vocab_size"]),
             context_length=text.get("max_position_embeddings", text.get("n_positions")),
             bos=text.get("bos_token_id"),
@@ -137,14 +138,6 @@ def load_tokenizer(assets: Path) -> Tokenizer:
         raise CannotRun(f"{path}: is not a tokenizer ({first_line(error)}); save the model's tokenizer again") from None
     tokenizer.no_padding()
     return tokenizer
-
-
-def model_kind(config: Mapping[str, Any]) -> str:
-    """Return "decoder", "classifier" or "embedder" from the `architectures` of a `config.json`."""
-    names = " ".join(config.get("architectures") or ())
-    if "CausalLM" in names or "LMHeadModel" in names:
-        return "decoder"
-    return "classifier" if "ForSequenceClassification" in names else "embedder"
 
 
 # ---- from files to items

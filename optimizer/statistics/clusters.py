@@ -24,7 +24,7 @@ def sum_by_group(values: Array, groups: Sequence[str]) -> Array:
 def effective_groups(sizes: Array) -> float:
     """Count the equal groups that would carry as much information as groups of these sizes (items or tokens).
 
-    Source: Kish 1965, Survey Sampling, section 8.2: (sum L)^2 / sum L^2.
+    Source: Kish 1965, Survey Sampling: (sum L)^2 / sum L^2.
     """
     return float(sizes.sum() ** 2 / np.sum(sizes**2))
 
@@ -40,7 +40,7 @@ def design_effect(sums: Array, sizes: Array, unit_variance: float) -> float:
         sizes: [G] units (items, tokens) of a group.
         unit_variance: variance of one unit's change.
 
-    Source: linearised ratio variance, Cochran 1977, Sampling Techniques, section 6.3; Kish 1965, section 8.2.
+    Source: linearised ratio variance, Cochran 1977, Sampling Techniques; Kish 1965.
     """
     total, count = sizes.sum(), len(sizes)
     correlated = float(np.sum(sizes**2) / total)

@@ -143,7 +143,7 @@ def _normal_rank(draws: Array, loss: float) -> float:
 
 
 def _corrected_quantile(draws: Array, bias: float, acceleration: float, level: float) -> float:
-    """Return the draw at `level`, corrected for bias and acceleration (Efron 1987, eq. 6.8)."""
+    """Return the draw at `level`, corrected for bias and acceleration (Efron 1987)."""
     from scipy.special import ndtr, ndtri
 
     shifted = bias + float(ndtri(level))

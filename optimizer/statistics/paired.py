@@ -29,7 +29,7 @@ _WIDEST = 1 - 1e-9
 def score_statistic(lost: ArrayLike, gained: ArrayLike, n: int, margin: float) -> Array:
     """Return the score statistic of H0: d = `margin`; negative speaks for a smaller loss.
 
-    Source: Tango 1998, Statistics in Medicine 17:891-908, eq. 6-8; the restricted maximum likelihood estimate of
+    Source: Tango 1998, Statistics in Medicine 17:891-908; the restricted maximum likelihood estimate of
     P(gained) is that of Nam 1997, Biometrics 53:1422-1430.
     """
     lost, gained = np.asarray(lost, np.float64), np.asarray(gained, np.float64)

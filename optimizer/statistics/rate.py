@@ -38,7 +38,7 @@ def clustered_rate(changed: Array, sizes: Array, alpha: float, fail_alpha: float
         alpha: level of the upper bound.
         fail_alpha: level of the lower bound.
 
-    Source: Korn & Graubard 1998, Survey Methodology 24:193-201, section 3. We differ: a design effect below 1 counts
+    Source: Korn & Graubard 1998, Survey Methodology 24:193-201. We differ: a design effect below 1 counts
     as 1, with fewer than 10 changed groups each group counts as one position, and the wider bound.
     """
     total = effective_positions(changed, sizes)
@@ -65,7 +65,7 @@ def rate_design_effect(changed: Array, sizes: Array) -> float:
 def positions_needed(rate: float, margin: float, alpha: float, power: float = 0.8) -> int:
     """Count the independent positions that decide whether a rate like `rate` exceeds `margin`.
 
-    Source: normal approximation, Fleiss, Levin & Paik 2003, Statistical Methods for Rates and Proportions, eq. 2.16.
+    Source: normal approximation, Fleiss, Levin & Paik 2003, Statistical Methods for Rates and Proportions.
     """
     from scipy.special import ndtri
 

@@ -51,7 +51,7 @@ def skewness(values: Array) -> float:
 
 
 def _standard_error(residuals: Array, sizes: Array) -> float:
-    """Return the linearised standard error of a ratio (Cochran 1977, Sampling Techniques, section 6.3)."""
+    """Return the linearised standard error of a ratio (Cochran 1977, Sampling Techniques)."""
     count = len(residuals)
     return math.sqrt(count / (count - 1) * float(np.sum(residuals**2))) / float(sizes.sum())
 

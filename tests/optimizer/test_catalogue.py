@@ -6,9 +6,9 @@ from toy_recipes import CHOICES
 
 import passes
 from optimizer.catalogue import class_name, installed
-from optimizer.decode import recipe_fields
 from optimizer.errors import CommandError
 from optimizer.generated import with_table
+from optimizer.reader import recipe_fields
 from optimizer.schema import option_lines, pass_table, recipe_schema, record_schema
 from passes.base import ONNX, TORCH, Pass
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
-from optimizer.compare import Evidence, Question
+from optimizer.evidence import Evidence, Question
 from optimizer.gate import Budget, Scores, Verdict, _decide, judge
 
 POINT = Budget("accuracy", 0.01)
@@ -223,7 +223,7 @@ def test_items_of_one_document_are_summed_before_anything_else() -> None:
 def test_thirty_to_a_hundred_documents_get_a_verdict_with_a_warning() -> None:
     verdict = judge(*perplexities(0.0, count=45), PERCENT)
     assert (verdict.outcome, verdict.flags) == ("pass", ("few groups",))
-    assert verdict.reason == "shown to be within the budget; 45 effective documents; 100 advised"
+    assert verdict.reason == "shown to be within the budget; 45 effective documents (100 advised)"
 
 
 def test_damage_in_few_documents_is_flagged() -> None:

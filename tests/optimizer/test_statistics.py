@@ -49,7 +49,7 @@ def test_the_floor_is_where_zero_changes_begin_to_pass(margin: float, floor: int
 
 @pytest.mark.parametrize(("margin", "side"), [(0.118077, 1), (-0.059393, -1)])
 def test_the_statistic_gives_tangos_interval_of_the_lens_example(margin: float, side: int) -> None:
-    # Tango 1998, section 5: 44 patients, b = 1, c = 0, 95 % interval -0.059 to 0.118.
+    # Tango 1998: 44 patients, b = 1, c = 0, 95 % interval -0.059 to 0.118.
     assert paired.score_statistic(1, 0, 44, margin) == pytest.approx(-1.959964 * side, abs=1e-4)
 
 
@@ -122,7 +122,7 @@ def test_interval_and_test_never_disagree(n: int, data: st.DataObject) -> None:
     assert lower <= (lost - gained) / n <= upper
 
 
-@pytest.mark.parametrize("offset", np.linspace(-3e-6, 1e-6, 9))
+@pytest.mark.parametrize("offset", [-3e-6, -1e-6, -1e-9, 0.0, 1e-6])
 def test_interval_and_test_agree_within_the_resolution_of_the_bisection(offset: float) -> None:
     margin = paired.upper_bound(2, 1, 40, ALPHA) + offset
     rejected = paired.p_value(2, 1, 40, margin) <= ALPHA

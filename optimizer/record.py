@@ -12,7 +12,8 @@ from optimizer.errors import ExitCode
 from optimizer.gate import Verdict
 
 Outcome = Literal["pass", "fail", "inconclusive"]
-SIZE = "size"
+FORMAT = 1
+"""Of the document that `--json` prints; a program that reads it checks this first."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Step:
         changes: what the pass counted, such as `{"layers_quantized": 42}`.
         note: one line worth telling, or why an optional pass was skipped.
         is_skipped: an optional pass refused; the model went on unchanged.
-        is_stored: the result was found in the store.
-        bytes: size of the model's weights on disk.
-        pass_s: seconds the pass took when it was run.
+        is_stored: what the pass made was found in the store.
+        is_scored: the scores were made by this run, not found in the store.
+        bytes: size on disk of what the runtime would load: weights, and the graph where there is one.
+        pass_s: seconds the pass took when it was run, its own checks included.
+        score_s: seconds the scoring took when it was run; 0 when nothing is evaluated.
         scores: evaluation and metric -> score.
         gates: what the gates say of the model at this point, against the source.
     """
@@ -46,12 +49,20 @@ class Step:
     note: str = ""
     is_skipped: bool = False
     is_stored: bool = False
+    is_scored: bool = False
     pass_s: float = 0.0
+    score_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class SizeVerdict:
-    """Size against its budget: plain comparison, for size is no sample."""
+    """Size against its budget: plain comparison, for size is no sample.
+
+    Attributes:
+        bytes: as in `Step`.
+        source_bytes: the source's, as its files store it.
+        max_ratio: the budget.
+    """
 
     bytes: int
     source_bytes: int
@@ -75,6 +86,7 @@ class Run:
     Attributes:
         artifact: folder of the artifact, None where none was made.
         digest: identity of the artifact.
+        earlier: folder where an artifact of an earlier run still lies, when this run made none.
         stopped_after: the pass the user asked to stop after.
         seconds: of this run, what was found in the store not included.
     """
@@ -86,6 +98,7 @@ class Run:
     digest: str | None
     stopped_after: str | None
     seconds: float
+    earlier: str | None = None
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
@@ -102,7 +115,7 @@ class Run:
 
     def to_json(self) -> str:
         """Return the run as one JSON document; numbers that JSON cannot say are null."""
-        content = {"format": 1, "exit_code": int(self.exit_code), **asdict(self)}
+        content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self)}
         if self.size:
             content["size"] |= {"ratio": self.size.ratio, "outcome": self.size.outcome}
         return json.dumps(_sayable(content), indent=1, sort_keys=True)

@@ -86,7 +86,8 @@ def test_the_weights_take_no_more_room(workshop: Workshop, name: str, steps: tup
 
 def test_a_second_run_is_refused_with_the_reason(workshop: Workshop, tmp_path: Path) -> None:
     reason = refusal(workshop, FUSE, workshop.run("llama", EXPORT, FUSE).model, tmp_path)
-    assert reason == "fuse_gqa: matched 0 of 2 places; first refusal: GroupQueryAttention 0: the rotary embedding is inside already"
+    assert reason.startswith("fuse_gqa: matched 0 of 2 places; first refusal: GroupQueryAttention 0: ")
+    assert reason.endswith("the rotary embedding is inside already")
 
 
 def test_an_encoder_has_nothing_to_fuse(workshop: Workshop, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
-DEMO_PROMPT := def read_lines(path):
+DEMO_PROMPT := class Stack:\n    def push(self, item):
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-all fix size clean
@@ -18,7 +18,9 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 demo: $(BIN)/.installed
 	$(BIN)/optimize recipes/quickstart.yaml
-	$(BIN)/optimize generate artifacts/stdlib-llama-int4 --prompt '$(DEMO_PROMPT)' --max-tokens 64
+	@printf '\n$(DEMO_PROMPT)'
+	@printf '$(DEMO_PROMPT)' | $(BIN)/optimize generate artifacts/stdlib-llama-int4 --prompt - --max-tokens 60 \
+		--temperature 0.7 --top-p 0.9 --repetition-penalty 1.1 --seed 2
 
 test: $(BIN)/.installed
 	$(BIN)/ruff format --check .

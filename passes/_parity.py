@@ -7,13 +7,13 @@ activations are switched off on both sides: their rounding would hide an error o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
     from passes._skeleton import Skeleton
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
+import onnxruntime as ort
 
 Array = NDArray[Any]
 SPLITS = (9, 5, 1, 1, 4, 1)
 """Prefill, chunk, decode, decode, chunk, decode."""
+PART_BYTES = 1 << 27
+"""Weights of a graph that a check has in memory at once; a single larger tensor still fits."""
 
 
 def range_error(got: Array, want: Array) -> float:
@@ -105,52 +108,113 @@ def graph_error(before: Model, after: Model, ctx: Context) -> float:
 
 
 class GraphRunner:
-    """A session on the graph of an onnx stage, with int8 activations switched off."""
+    """Runs the graph of an onnx stage part by part, one part's weights in memory, int8 activations switched off."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime as ort
+        self.folder, self.threads = folder, threads
+        self.graph = _exact_graph(folder)
+        self.inputs = {value.name: value for value in self.graph.graph.input}
 
+    def decode(self, ids: Sequence[int], splits: Sequence[int]) -> Array:
+        """Return the logits [T, V] of all positions of one sequence, run in steps of the given lengths."""
+        past = {}
+        for name, value in self.inputs.items():
+            if name.startswith("past."):
+                heads, width = (value.type.tensor_type.shape.dim[axis].dim_value for axis in (1, 3))
+                past[name] = np.zeros((1, heads, len(ids), width), np.float32)
+        feeds: list[dict[str, Array]] = []
+        start = 0
+        for length in splits:
+            end = start + length
+            feeds.append(
+                {
+                    "input_ids": np.array([ids[start:end]], np.int64),
+                    "seqlens_k": np.array([end - 1], np.int32),
+                    "total_sequence_length": np.array([end], np.int32),
+                    "logits_positions": np.arange(length, dtype=np.int64),
+                }
+            )
+            start = end
+        return np.concatenate(self._run(feeds, past))
+
+    def encode(self, feed: Mapping[str, Array]) -> Array:
+        """Return the first output for named inputs; those the graph lacks are left out."""
+        return self._run([dict(feed)], {})[0]
+
+    def _run(self, steps: list[dict[str, Array]], past: dict[str, Array]) -> list[Array]:
+        """Return the first output of every step; a step's past is the present of the step before.
+
+        All steps go through one part of the graph before the next part is loaded: what a layer remembers, only that
+        layer needs.
+        """
+        parts = _parts(self.graph)
+        for number, nodes in enumerate(parts):
+            later = {name for part in parts[number + 1 :] for node in part for name in node.input}
+            kept = later | {value.name for value in self.graph.graph.output}
+            part = _Part(self.graph, nodes, kept)
+            session = part.session({**steps[0], **past}, self.folder, self.threads)
+            for step in steps:
+                feed = {name: step[name] if name in step else past[name] for name in part.inputs}
+                out = dict(zip(part.outputs, session.run(part.outputs, feed), strict=True))
+                past |= {name.replace("present.", "past."): out.pop(name) for name in list(out) if "present." in name}
+                step |= out
+                for name in step.keys() - kept:
+                    del step[name]
+            past = {name: value for name, value in past.items() if name in later}
+        return [step[self.graph.graph.output[0].name] for step in steps]
+
+
+class _Part:
+    """Some consecutive nodes of a graph, as a graph of their own."""
+
+    def __init__(self, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], kept: Container[str]) -> None:
+        self.model, self.nodes = model, nodes
+        made = {name for node in nodes for name in node.output if name}
+        used = dict.fromkeys(name for node in nodes for name in node.input if name)
+        self.weights = [tensor for tensor in model.graph.initializer if tensor.name in used]
+        constants = {tensor.name for tensor in self.weights}
+        self.inputs = [name for name in used if name not in made and name not in constants]
+        self.outputs = [name for node in nodes for name in node.output if name in kept]
+
+    def session(self, examples: Mapping[str, Array], folder: Path, threads: int) -> ort.InferenceSession:
+        """Load it; the types of its inputs are those of `examples`."""
+        from onnx import helper
+
+        given = [(name, helper.np_dtype_to_tensor_dtype(examples[name].dtype)) for name in self.inputs]
+        inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in given]
+        outputs = [onnx.ValueInfoProto(name=name) for name in self.outputs]
+        graph = helper.make_graph(self.nodes, "part", inputs, outputs, self.weights)
+        part = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        self.session = ort.InferenceSession(_exact_graph(folder), options, providers=["CPUExecutionProvider"])
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-
-    def decode(self, ids: Sequence[int], splits: Sequence[int]) -> Array:
-        """Return the logits [T, V] of all positions of one sequence, run in steps of the given lengths."""
-        past = {
-            name: np.zeros((1, value.shape[1], len(ids), value.shape[3]), np.float32)
-            for name, value in self.inputs.items()
-            if name.startswith("past.")
-        }
-        out, start = [], 0
-        for length in splits:
-            end = start + length
-            feed = {
-                "input_ids": np.array([ids[start:end]], np.int64),
-                "seqlens_k": np.array([end - 1], np.int32),
-                "total_sequence_length": np.array([end], np.int32),
-                "logits_positions": np.arange(length, dtype=np.int64),
-                **past,
-            }
-            logits, *present = self.session.run(None, {k: v for k, v in feed.items() if k in self.inputs})
-            past = dict(zip(past, present, strict=True))
-            out.append(logits)
-            start = end
-        return np.concatenate(out)
-
-    def encode(self, feed: Mapping[str, Array]) -> Array:
-        """Return the first output for named inputs; those the graph lacks are left out."""
-        result: Array = self.session.run(None, {k: v for k, v in feed.items() if k in self.inputs})[0]
-        return result
+        return ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _exact_graph(folder: Path) -> bytes:
-    """Return the stage's graph, such that no MatMulNBits rounds its activations."""
-    model = ir.load(folder / GRAPH)
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    graph: bytes = ir.to_proto(model).SerializeToString()
-    return graph
+def _parts(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
+    """Cut the graph where its weights pass PART_BYTES."""
+    sizes = {
+        tensor.name: int(next((entry.value for entry in tensor.external_data if entry.key == "length"), "0"))
+        for tensor in model.graph.initializer
+    }
+    parts: list[list[onnx.NodeProto]] = [[]]
+    held = 0
+    for node in model.graph.node:
+        weight = sum(sizes.get(name, 0) for name in node.input)
+        if held and held + weight > PART_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(node)
+        held += weight
+    return parts
+
+
+def _exact_graph(folder: Path) -> onnx.ModelProto:
+    """Return the stage's graph without its weights, such that no MatMulNBits rounds its activations."""
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    return model

@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +31,6 @@ from runtime.artifact import (
     is_allowed,
     write_manifest,
 )
-from runtime.errors import ServingError
 
 GRAPH = "model.onnx"
 PROBE_TOKENS = 4
@@ -157,7 +158,7 @@ def _write(folder: Path, source: Source, model: Model, contents: Contents) -> Ma
         (aside / "optimize.lock").write_bytes(contents.lock)
         (aside / "README.md").write_text(contents.card, encoding="utf-8")
         manifest = write_manifest(aside, _describe(source, model, aside))
-        _prove(aside)
+        _prove(aside, manifest.kind)
         (aside / EVIDENCE).mkdir()
         contents.write_evidence(aside / EVIDENCE)
         if folder.exists():
@@ -256,16 +257,12 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _prove(folder: Path) -> None:
-    """Load the artifact as a user would and let it answer."""
-    from runtime import load
-    from runtime.generation import TextGenerator
-
-    try:
-        served = load(folder)
-        if isinstance(served, TextGenerator):
-            served.generate("a", max_tokens=PROBE_TOKENS)
-        else:
-            served.predict(["a"])
-    except ServingError as error:
-        raise CannotRun(f"the artifact does not answer: {error}") from None
+def _prove(folder: Path, kind: str) -> None:
+    """Let the artifact answer as a user would: by the command line, in a process that has nothing else in memory."""
+    question = ["generate", str(folder), "--prompt", "a", "--max-tokens", str(PROBE_TOKENS)]
+    command = question if kind == "decoder" else ["predict", str(folder)]
+    asked = [sys.executable, "-m", "optimizer.cli", *command]
+    done = subprocess.run(asked, input="a\n", capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise CannotRun(f"the artifact does not answer: {reason}")

@@ -155,12 +155,16 @@ def build_module(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
             f"config.json: architecture {architecture} ({config.get('model_type')}) is not in transformers "
             f"{transformers.__version__}; a newer release may have it"
         )
-    typed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     if attention == "sdpa" and not cls._supports_sdpa:
         attention = "eager"
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        module: PreTrainedModel = cls._from_config(typed, attn_implementation=attention, dtype=torch.float32)
-    module.tie_weights()
+    try:
+        typed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            module: PreTrainedModel = cls._from_config(typed, attn_implementation=attention, dtype=torch.float32)
+        module.tie_weights()
+    except Exception as error:  # transformers checks a configuration by what happens to go wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PassError(f"config.json: transformers cannot build {architecture} from it: {reason[:300]}") from error
     module.eval().requires_grad_(False)
     return module
 

@@ -97,7 +97,7 @@ def last_line(*outputs: str) -> str:
 
 def phases(seconds: float, document: Mapping[str, Any]) -> dict[str, float]:
     """Split the seconds of a run by pass; the rest is start-up, hashing and the artifact."""
-    by_pass = {step["name"]: float(step["seconds"]) for step in document["passes"]}
+    by_pass = {step["name"]: float(step["pass_s"]) for step in document["steps"][1:]}
     return by_pass | {"start-up, store, artifact": seconds - sum(by_pass.values())}
 
 

@@ -2,9 +2,10 @@
 
 The claim: it is the memory of one block (and of the embedding), so the peak is flat in depth. The command line is run
 as a user runs it, in a fresh process. Three numbers are taken of it: the peak resident set as the kernel counts it
-(`ru_maxrss`), and, polled, the peaks of its anonymous pages, which it must have, and of its file-backed pages, which
-are the page cache of files it has mapped and can be dropped. Random bf16 weights are written shard by shard by
-another process.
+(`VmHWM`), and, polled, the peaks of its anonymous pages, which it must have, and of its file-backed pages, which
+are the page cache of files it has mapped and can be dropped. At its end the build lets the artifact answer in a process
+of its own, as a server would load it; what that one needs grows with the artifact and stands in a column of its own.
+Random bf16 weights are written shard by shard by another process.
 
     python benchmarks/memory.py --work DIR
 """
@@ -33,7 +34,8 @@ class Peak:
     """Peaks of one process, in bytes; each on its own, so they need not add up.
 
     Attributes:
-        resident: largest resident set, as the kernel counts it: no moment is missed.
+        resident: largest resident set of the build, as the kernel counts it.
+        with_proof: largest resident set of the build or of the process that proves the artifact.
         anonymous: largest amount of private memory seen by polling.
         file_backed: largest amount of resident pages of mapped files seen by polling.
         anonymous_at_s: when `anonymous` was seen.
@@ -41,6 +43,7 @@ class Peak:
     """
 
     resident: int
+    with_proof: int
     anonymous: int
     file_backed: int
     anonymous_at_s: float
@@ -52,7 +55,7 @@ def watch(command: list[str], environment: dict[str, str], log: Path) -> Peak:
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    anonymous = file_backed = 0
+    anonymous = file_backed = highest = 0
     anonymous_at_s = 0.0
     while True:
         # Not Popen.poll: only wait4 tells the kernel's own peak.
@@ -62,13 +65,23 @@ def watch(command: list[str], environment: dict[str, str], log: Path) -> Peak:
             process.returncode = os.waitstatus_to_exitcode(status)
             break
         resident_now, anonymous_now = _resident(process.pid)
+        highest = max(highest, _high_water(process.pid))
         file_backed = max(file_backed, resident_now - anonymous_now)
         if anonymous_now > anonymous:
             anonymous, anonymous_at_s = anonymous_now, elapsed_s
         time.sleep(POLL_S)
     if process.returncode:
         raise LoweringFailed(f"ended with {process.returncode}: {last_line(log.read_text())}")
-    return Peak(usage.ru_maxrss * 1024, anonymous, file_backed, anonymous_at_s, elapsed_s)
+    return Peak(highest, usage.ru_maxrss * 1024, anonymous, file_backed, anonymous_at_s, elapsed_s)
+
+
+def _high_water(pid: int) -> int:
+    """Return the largest resident set a process has had, in bytes; 0 when it has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _resident(pid: int) -> tuple[int, int]:
@@ -123,7 +136,16 @@ def main() -> None:
         shape = replace(SHAPES[options.shape], layers=depth)
         rows.append(_row(str(depth), f"{shape.parameters / 1e6:.0f}", f"{weights_bytes / MIB:.0f}", peaks[depth]))
         say(f"{depth} layers: {peaks[depth].resident / MIB:.0f} MiB")
-    columns = ["layers", "parameters, M", "bf16 weights, MiB", "peak RSS, MiB", "anonymous", "file-backed", "seconds"]
+    columns = [
+        "layers",
+        "parameters, M",
+        "bf16 weights, MiB",
+        "peak RSS, MiB",
+        "anonymous",
+        "file-backed",
+        "with the proof",
+        "seconds",
+    ]
     libraries = versions(LIBRARIES)
     print(header(f"Peak memory of lowering {options.shape} to int4 g{options.group_size}", about, libraries))
     print(table(columns, rows))
@@ -138,7 +160,7 @@ def main() -> None:
 
 
 def _row(name: str, parameters: str, weights: str, peak: Peak) -> list[str]:
-    sizes = [f"{size / MIB:.0f}" for size in (peak.resident, peak.anonymous, peak.file_backed)]
+    sizes = [f"{size / MIB:.0f}" for size in (peak.resident, peak.anonymous, peak.file_backed, peak.with_proof)]
     return [name, parameters, weights, *sizes, f"{peak.seconds:.0f}"]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, majority_share
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
 from optimizer.fingerprint import fingerprint, source_fingerprint
@@ -153,6 +153,7 @@ class _Chain:
         inputs = {
             "source": source_identity(self.source, self.store),
             "passes": [{name: options} for name, options in ran],
+            "evaluate": {name: task.identity() for name, task in self.recipe.evaluate.items()},
             "items": {name: items_hash(items, 0) for name, items in sorted(self.items.items())},
             "seed": SEED,
             "threads": self.threads,
@@ -218,7 +219,9 @@ class _Chain:
         """Score the model on every evaluation, or take its results from the store."""
         if not self.items:
             return
-        asked = {name: [items_hash(self.items[name], 0), asdict(task)] for name, task in self.recipe.evaluate.items()}
+        asked = {
+            name: [items_hash(self.items[name], 0), task.identity()] for name, task in self.recipe.evaluate.items()
+        }
         code = scoring_code()
         parts = ["scores", code, self.key, asked, self.threads, versions(), machine(), self._source_key()]
         entry = self.store.get_or_build(fingerprint(parts), lambda folder: self._evaluate(what, folder))
@@ -265,6 +268,7 @@ class _Chain:
                     budget,
                     alpha=gate.alpha,
                     fail_alpha=fail_alpha,
+                    chance=majority_share(self.items[name]),
                 ),
             )
             for name, budget in limits
@@ -312,7 +316,7 @@ def scoring_code() -> str:
     import runtime
 
     folders = (*optimizer.evaluate.__path__, *runtime.__path__)
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
     walk = source_fingerprint(Path(passes.__path__[0]) / "_walk.py")
     return fingerprint([walk, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}])
 

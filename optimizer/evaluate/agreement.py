@@ -9,7 +9,7 @@ classifier's source all classes are kept, and the divergence is exact.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -68,6 +68,10 @@ class Agreement:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the fields."""
+        return asdict(self)
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> SourceTally | CandidateTally:
         """Return what records the source (`source` is None) or compares a model with its record."""

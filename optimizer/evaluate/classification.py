@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -77,6 +77,12 @@ class Classification:
         from optimizer.evaluate.metrics import load_metric
 
         return load_metric(self.metric, trust=self.trust_metric_code)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the fields and, for a metric module that is not shipped, the sha256 of its file."""
+        if self.metric in SHIPPED_METRICS:
+            return asdict(self)
+        return asdict(self) | {"metric_sha256": self.module.sha256}
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> ClassificationTally:
         """Return what collects a model's answers; the source's result is not needed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,12 @@ def items_hash(items: Sequence[Item], context: int) -> str:
         digest.update(json.dumps([len(item.ids), item.label, item.group]).encode() + b"\n")
         digest.update(np.asarray(item.ids, dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def majority_share(items: Sequence[Item]) -> float | None:
+    """Return the share of the most frequent label: what a model that reads nothing gets right. None without labels."""
+    labels = Counter(item.label for item in items if item.label is not None)
+    return labels.most_common(1)[0][1] / len(items) if labels else None
 
 
 # ---- from text to ids

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +49,10 @@ class Perplexity:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the fields."""
+        return asdict(self)
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> PerplexityTally:
         """Return what adds up the loss of a model's logits; the source's result is not needed."""

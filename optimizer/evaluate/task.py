@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Task(Protocol):
     @property
     def items(self) -> int | None:
         """Return the most items; None takes all."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what decides its scores besides model and items: its fields, and a hash of the user's own code."""
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> Tally:
         """Start counting for a model of this kind; `source` is None for the source itself."""

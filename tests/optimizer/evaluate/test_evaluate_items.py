@@ -13,7 +13,7 @@ from optimizer.errors import CannotRun, ExitCode
 from optimizer.evaluate.agreement import Agreement
 from optimizer.evaluate.classification import Classification
 from optimizer.evaluate.data import DataError, read_rows
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, make_items
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, majority_share, make_items
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.recipe import DataSource
 
@@ -265,3 +265,9 @@ def test_a_file_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, name,
 def test_documents_without_any_tokens_are_refused(decoder, tmp_path):
     with pytest.raises(DataError, match="got no text of two tokens or more"):
         ids_of(decoder, tmp_path, "", "a")
+
+
+def test_the_majority_share_is_what_guessing_gets_right():
+    items = [Item((1,), str(number), label) for number, label in enumerate([2, 0, 2, 1])]
+    assert majority_share(items) == 0.5
+    assert majority_share([Item((1,), "0")]) is None

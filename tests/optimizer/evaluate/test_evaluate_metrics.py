@@ -50,6 +50,13 @@ def test_the_hash_is_that_of_the_file(module):
     assert task.module.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_changed_file_makes_another_task(module):
+    task = {"data": "d", "metric": str(module()), "trust_metric_code": True}
+    before = Classification(**task).identity()
+    module('{"wrong": 0.0}')
+    assert Classification(**task).identity() != before
+
+
 def test_a_file_of_the_users_does_not_run_untrusted(tmp_path):
     path = tmp_path / "evil.py"
     path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")

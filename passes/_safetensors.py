@@ -194,7 +194,9 @@ def _read_json(path: Path, size: int) -> tuple[dict[str, Any], int]:
     """Return the header and the byte where the data begins."""
     with path.open("rb") as file:
         head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+        if len(head) < 8:
+            raise _damaged(path, f"{size} bytes hold no header")
+        length = struct.unpack("<Q", head)[0]
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise _damaged(path, f"its header claims {length} bytes in a file of {size}")
         return _parse_header(path, file.read(length)), 8 + length

@@ -175,8 +175,8 @@ def load_items(tasks: Mapping[str, Task], data: Mapping[str, DataSource], reader
 
 def _check_fit(name: str, task: Task, source: DataSource, reader: TextReader) -> None:
     if reader.kind not in task.kinds:
-        wanted = " or a ".join(task.kinds)
-        raise CannotRun(f"evaluate.{name}: cannot score this model, got a {reader.kind}, expected a {wanted}")
+        wanted = " or ".join(task.kinds)
+        raise CannotRun(f"evaluate.{name}: cannot score this kind of model, got {reader.kind}, expected {wanted}")
     if task.needs_labels and source.label is None:
         raise DataError(f"evaluate.{name}: data.{task.data} names no label column; add `label: COLUMN` to it")
 

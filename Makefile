@@ -13,7 +13,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,optimize,dev]'
+	$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[cpu,optimize,dev]'
 	touch $@
 
 demo: $(BIN)/.installed
@@ -27,10 +27,10 @@ test: $(BIN)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu' -n auto --dist loadfile
 
 test-all: $(BIN)/.installed
-	$(BIN)/pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not gpu' -n auto --dist loadfile
 
 fix: $(BIN)/.installed
 	$(BIN)/ruff check --fix .

@@ -81,8 +81,9 @@ class Project:
         return optimize(self.recipe, "--output", self.output, *arguments)
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Return the environment of the command: this store, one thread."""
-        return {**os.environ, "OPTIMIZE_STORE": str(self.store), "OMP_NUM_THREADS": "1", **more}
+        """Return the environment of the command: this store, one thread, no width (the test runner may set one)."""
+        inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        return {**inherited, "OPTIMIZE_STORE": str(self.store), "OMP_NUM_THREADS": "1", **more}
 
     def run(self, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run the recipe in a process of its own."""

@@ -37,11 +37,18 @@ class Budget:
         limit: perplexity: relative increase (0.01 is 1 %); accuracy and f1: drop as a fraction of all (0.01 is one
             point); flips: share of positions; kl: nats per token. Above 0, for no sample can show a loss of nothing.
         relative: accuracy and f1 only: `limit` is a share of the source's own score.
+        score: which of a task's scores it judges, where that has another name than its metric.
     """
 
     metric: str
     limit: float
     relative: bool = False
+    score: str = ""
+
+    @property
+    def judges(self) -> str:
+        """Return the name of the score that is judged."""
+        return self.score or self.metric
 
     def __post_init__(self) -> None:
         if self.metric not in ARRAYS:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, majority_share
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
 from optimizer.fingerprint import fingerprint, source_fingerprint
@@ -263,13 +263,14 @@ class _Chain:
             Judged(
                 name,
                 judge(
-                    self.source_results[name].scores[budget.metric],
-                    self.results[name].scores[budget.metric],
+                    self.source_results[name].scores[budget.judges],
+                    self.results[name].scores[budget.judges],
                     budget,
                     alpha=gate.alpha,
                     fail_alpha=fail_alpha,
-                    chance=majority_share(self.items[name]),
+                    chance=self.recipe.evaluate[name].chance(self.items[name]),
                 ),
+                budget.score,
             )
             for name, budget in limits
         )

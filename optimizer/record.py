@@ -18,10 +18,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Judged:
-    """One gate after one pass: which evaluation, and what it says."""
+    """One gate after one pass: which evaluation, and what it says.
+
+    Attributes:
+        score: which of the evaluation's scores is judged; its metric's own name unless the task has several of a kind.
+    """
 
     evaluation: str
     verdict: Verdict
+    score: str = ""
+
+    @property
+    def judges(self) -> str:
+        """Return the name of the score that is judged."""
+        return self.score or self.verdict.metric
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ Style = Literal["live", "plain", "quiet"]
 SHOW_AFTER_S = 1.0
 AGAINST_SOURCE = ("flips", "kl")
 _SEPARATOR = " | "
+_SHARES = ("accuracy", "accuracy_norm", "f1", "flips", "cut", "truncated", "unparsable")
 _UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "flips": " %"}
 
 
@@ -119,13 +120,13 @@ def score_text(judged: Judged) -> str:
 
 def label(judged: Judged) -> str:
     """Return what a gate judges: evaluation and metric, once where they are called the same."""
-    metric = judged.verdict.metric
-    return metric if judged.evaluation == metric else f"{judged.evaluation} {metric}"
+    score = judged.judges
+    return score if judged.evaluation == score else f"{judged.evaluation} {score}"
 
 
 def number_text(metric: str, value: float) -> str:
     """Return a score as a person reads it."""
-    if metric in ("accuracy", "f1", "flips"):
+    if metric in _SHARES:
         return f"{100 * value:.2f} %"
     return f"{value:.4f}" if metric == "kl" else f"{value:.3f}"
 
@@ -193,7 +194,7 @@ def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
 
 def _reported(step: Step, source: Step | None) -> Iterator[str]:
     """Yield the scores that no gate judges; what only compares with the source says nothing of the source."""
-    judged = {(gate.evaluation, gate.verdict.metric) for gate in step.gates}
+    judged = {(gate.evaluation, gate.judges) for gate in step.gates}
     for name, score in step.scores.items():
         evaluation, _, metric = name.partition("/")
         if (evaluation, metric) in judged or (source is None and metric in AGAINST_SOURCE):

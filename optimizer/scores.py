@@ -26,7 +26,8 @@ class Scores:
     """What one model scored on one set of items, item by item.
 
     Attributes:
-        metric: "perplexity", "accuracy", "f1" (macro), "flips" or "kl".
+        metric: what kind of score it is: "perplexity", "accuracy" (share of right items, whatever makes it so), "f1"
+            (macro), "flips" or "kl". Any other is reported, and no gate can judge it.
         items: SHA-256 over the items; only scores of the same items can be compared.
         groups: document, passage or template of each item; unique strings when the items stand alone.
         values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); accuracy: `correct` (bool);

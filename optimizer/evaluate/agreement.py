@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows, kl_divergence
-from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.items import Item, Texts, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
@@ -72,6 +72,15 @@ class Agreement:
     def identity(self) -> Mapping[str, Any]:
         """Return the fields."""
         return asdict(self)
+
+    @property
+    def reading(self) -> Texts:
+        """Return how its items are made."""
+        return Texts(self.context, self.bos, self.items)
+
+    def chance(self, items: Sequence[Item]) -> float | None:
+        """Return None: it has no accuracy."""
+        return None
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> SourceTally | CandidateTally:
         """Return what records the source (`source` is None) or compares a model with its record."""

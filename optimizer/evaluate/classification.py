@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows
-from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.items import Item, Texts, items_hash, majority_share
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
@@ -83,6 +83,15 @@ class Classification:
         if self.metric in SHIPPED_METRICS:
             return asdict(self)
         return asdict(self) | {"metric_sha256": self.module.sha256}
+
+    @property
+    def reading(self) -> Texts:
+        """Return how its items are made."""
+        return Texts(self.context, limit=self.items)
+
+    def chance(self, items: Sequence[Item]) -> float | None:
+        """Return the share of the most frequent label."""
+        return majority_share(items)
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> ClassificationTally:
         """Return what collects a model's answers; the source's result is not needed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ class DataError(OptimizeError):
     exit_code = ExitCode.WRONG_INPUT
 
 
+Choose = Callable[[Sequence[str]], Iterable[tuple[str, str]]]
+"""Takes the names of all columns, returns (what for, column) of those to read."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data file; `where` names file and row, counted from 1, for messages; `label` is as found."""
@@ -33,48 +38,81 @@ class Row:
     label: object
 
 
+@dataclass(frozen=True)
+class Record:
+    """One row of a data file with several columns that matter.
+
+    Attributes:
+        where: file and row, counted from 1, for messages.
+        cells: column -> what stands there; lists and mappings where the file has them.
+        group: what ties it to other rows.
+    """
+
+    where: str
+    cells: Mapping[str, Any]
+    group: str | None
+
+    @property
+    def text(self) -> str:
+        """Return all cells as one text."""
+        return json.dumps(self.cells, sort_keys=True, default=str)
+
+
 def read_rows(source: DataSource) -> list[Row]:
-    """Read the named columns of local files with `datasets`: no network, no telemetry, nothing left behind.
+    """Read the text, label and group columns of local files.
 
     Raises:
         DataError: a file cannot be read, is empty, lacks a column, or has a row without its text, group or label.
     """
-    rows: list[Row] = []
+    columns = [("text", source.text)] + ([("label", source.label)] if source.label is not None else [])
+    return [_row(record, source) for record in read_records(source, lambda _: columns)]
+
+
+def _row(record: Record, source: DataSource) -> Row:
+    text = record.cells[source.text]
+    if not isinstance(text, str):
+        raise DataError(f"{record.where}: {source.text}: got {text!r:.60}, expected a text")
+    return Row(record.where, text, record.group, None if source.label is None else record.cells[source.label])
+
+
+def read_records(source: DataSource, choose: Choose) -> list[Record]:
+    """Read columns of local files with `datasets`: no network, no telemetry, nothing left behind.
+
+    Args:
+        source: the files.
+        choose: names the columns and what each is for, given those that are there.
+
+    Raises:
+        DataError: a file cannot be read, is empty, lacks a column, or has a row with nothing in one.
+    """
+    records: list[Record] = []
     for path in source.files:
-        rows += _read_file(path, source)
-        if source.items is not None and len(rows) >= source.items:
+        records += _read_file(path, source, choose)
+        if source.items is not None and len(records) >= source.items:
             break
-    if not rows:
+    if not records:
         raise DataError(f"{', '.join(map(str, source.files))}: got no rows, expected at least one")
-    return rows[: source.items]
+    return records[: source.items]
 
 
-def _read_file(path: Path, source: DataSource) -> list[Row]:
-    named = {"text": source.text, "group": source.group, "label": source.label}
-    columns = {part: column for part, column in named.items() if column is not None}
+def _read_file(path: Path, source: DataSource, choose: Choose) -> Iterator[Record]:
     with tempfile.TemporaryDirectory(prefix="optimize-data-") as cache, _quiet_datasets():
         dataset = _read_dataset(path, source.format, cache)
         present = dataset.column_names
-        for part, column in columns.items():
+        parts = [*choose(present), *([("group", source.group)] if source.group is not None else [])]
+        for part, column in parts:
             if column not in present:
                 raise DataError(f"{path}: no column {column!r} for the {part}{suggest(column, present)}")
-        cells = {part: dataset[column][: source.items] for part, column in columns.items()}
+        cells = {column: dataset[column][: source.items] for _, column in parts}
+        count = min(len(dataset), source.items or len(dataset))
         del dataset
-    count = len(cells["text"])
-    rows = zip(cells["text"], cells.get("group", [None] * count), cells.get("label", [None] * count), strict=True)
-    return [
-        _row(f"{path}: row {number}", columns, dict(zip(named, row, strict=True))) for number, row in enumerate(rows, 1)
-    ]
-
-
-def _row(where: str, columns: Mapping[str, str], cells: Mapping[str, Any]) -> Row:
-    for part, column in columns.items():
-        if cells[part] is None:
-            raise DataError(f"{where}: {column}: got nothing, expected a {part}; fill it in or remove the row")
-    if not isinstance(cells["text"], str):
-        raise DataError(f"{where}: {columns['text']}: got {cells['text']!r:.60}, expected a text")
-    group = None if cells["group"] is None else str(cells["group"])
-    return Row(where, cells["text"], group, cells["label"])
+    for number in range(count):
+        row = {column: values[number] for column, values in cells.items()}
+        where = f"{path}: row {number + 1}"
+        for part, column in parts:
+            if row[column] is None:
+                raise DataError(f"{where}: {column}: got nothing, expected a {part}; fill it in or remove the row")
+        yield Record(where, row, None if source.group is None else str(row[source.group]))
 
 
 def _read_dataset(path: Path, form: str, cache: str) -> Any:

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.data import DataError, Row, first_line, read_rows
+from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
 from passes._kind import kind_of
 
 if TYPE_CHECKING:
@@ -24,29 +24,36 @@ if TYPE_CHECKING:
     from optimizer.recipe import DataSource
 
 ENCODE_AT_ONCE = 1024
+AnyRow = TypeVar("AnyRow", Row, Record)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One document, request or labelled text.
+    """One document, request or labelled text; tasks that need more of it have a subclass.
 
     Attributes:
         ids: token ids, special tokens included, cut to the task's context.
         group: items of one group are not independent; unique where the data has no groups.
-        label: index of the right class, None where there is none.
+        label: index of the right class or choice, None where there is none.
     """
 
     ids: tuple[int, ...]
     group: str
     label: int | None = None
 
+    @property
+    def first(self) -> int:
+        """Return the first position whose logits are asked for."""
+        return 0
 
-def items_hash(items: Sequence[Item], context: int) -> str:
-    """Return the sha256, in hexadecimal, of ids, labels, groups and `context`."""
+
+def items_hash(items: Sequence[Item], context: int | None) -> str:
+    """Return the sha256, in hexadecimal, of `context` and all that the items hold."""
     digest = hashlib.sha256(f"{context} {len(items)}\n".encode())
     for item in items:
+        more = [getattr(item, name) for name in item.__dataclass_fields__ if name not in ("ids", "label", "group")]
         # The header says how many ids follow, so that no two lists of items spell the same bytes.
-        digest.update(json.dumps([len(item.ids), item.label, item.group]).encode() + b"\n")
+        digest.update(json.dumps([len(item.ids), item.label, item.group, *more]).encode() + b"\n")
         digest.update(np.asarray(item.ids, dtype="<i8").tobytes())
     return digest.hexdigest()
 
@@ -71,6 +78,7 @@ class TextReader:
         vocabulary: ids at or above it do not exist.
         context_length: most tokens the model takes; None where its configuration does not say.
         bos: beginning-of-sequence id of a decoder, None where it has none.
+        prefix: what a decoder reads before a text without a context: the tokenizer's BOS, else its EOS, else None.
         labels: class name -> index.
     """
 
@@ -81,6 +89,7 @@ class TextReader:
     context_length: int | None
     bos: int | None
     labels: Mapping[str, int]
+    prefix: int | None = None
 
     @classmethod
     def of(cls, assets: Path, config: Mapping[str, Any]) -> TextReader:
@@ -99,7 +108,55 @@ class TextReader:
             context_length=text.get("max_position_embeddings", text.get("n_positions")),
             bos=text.get("bos_token_id"),
             labels={str(name): int(index) for index, name in named.items()},
+            prefix=_prefix(assets, tokenizer, text),
         )
+
+    def longest(self, context: int | None) -> int | None:
+        """Return the most tokens of an item: the smaller of `context` and what the model reads, None for no bound."""
+        return min(filter(None, (context, self.context_length)), default=None)
+
+    def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts as the tokenizer writes them for its model, its special tokens included.
+
+        A text that begins with BOS already, as a chat template's does, gets none besides.
+
+        Raises:
+            CannotRun: the tokenizer gives an id that the model does not know.
+        """
+        self.tokenizer.no_truncation()
+        start = "" if self.prefix is None else self.tokenizer.decode([self.prefix], skip_special_tokens=False)
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+        for index, text in enumerate(texts):
+            if start and text.startswith(start):
+                found[index] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        self._require_known(found)
+        return found
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each (context, continuation), split where the context's own ids end.
+
+        Both are encoded as one text, white space at the context's end as part of the continuation. Without a context
+        the continuation follows `prefix`.
+
+        Raises:
+            CannotRun: there is neither context nor prefix, or an id that the model does not know.
+        """
+        moved = [(context.rstrip(), context[len(context.rstrip()) :] + rest) for context, rest in pairs]
+        contexts = dict.fromkeys(context for context, _ in moved)
+        contexts_ids = dict(zip(contexts, self.encode_whole(list(contexts)), strict=True))
+        wholes = self.encode_whole([context + rest for context, rest in moved])
+        return [
+            (contexts_ids[context], whole[len(contexts_ids[context]) :]) if pair[0] else self._after_prefix(pair[1])
+            for pair, (context, _), whole in zip(pairs, moved, wholes, strict=True)
+        ]
+
+    def _after_prefix(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.prefix is None:
+            raise CannotRun(
+                "tokenizer_config.json: names neither bos_token nor eos_token; a text alone needs one first"
+            )
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix] else ([self.prefix], ids)
 
     def encode(self, texts: Sequence[str], context: int, *, bos: bool) -> list[tuple[int, ...]]:
         """Return the ids of each text, cut to the shorter of `context` and the model's own context length.
@@ -112,13 +169,16 @@ class TextReader:
         """
         context = min(context, self.context_length or context)
         ids = self._decoder_ids(texts, context, bos) if self.kind == "decoder" else self._encoder_ids(texts, context)
+        self._require_known(ids)
+        return ids
+
+    def _require_known(self, ids: Sequence[Sequence[int]]) -> None:
         highest = max((max(row) for row in ids if row), default=-1)
         if highest >= self.vocabulary:
             raise CannotRun(
                 f"tokenizer.json: does not fit the model, got token id {highest}, expected ids below the vocabulary's "
                 f"{self.vocabulary}; use the tokenizer the model was trained with"
             )
-        return ids
 
     def _decoder_ids(self, texts: Sequence[str], context: int, bos: bool) -> list[tuple[int, ...]]:
         start = (self.bos,) if bos and self.bos is not None else ()
@@ -147,28 +207,81 @@ def load_tokenizer(assets: Path) -> Tokenizer:
     return tokenizer
 
 
+def _prefix(assets: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> int | None:
+    """Return the id of the tokenizer's own BOS, else EOS; what `config.json` says where the tokenizer names neither."""
+    settings = read_settings(assets)
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        number = tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if number is not None:
+            return number
+    ids = config.get("bos_token_id"), config.get("eos_token_id")
+    return next((number for number in ids if isinstance(number, int)), None)
+
+
+def read_settings(assets: Path) -> Mapping[str, Any]:
+    """Return what `special_tokens_map.json` and, before it, `tokenizer_config.json` say."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (assets / name).is_file():
+            settings |= {key: value for key, value in json.loads((assets / name).read_bytes()).items() if value}
+    return settings
+
+
 # ---- from files to items
 
 
+class Reading(Protocol):
+    """How items are made of data; equal readings of one source make the same items."""
+
+    def __hash__(self) -> int:
+        """Return a hash of what decides the items."""
+
+    def load(self, source: DataSource, reader: TextReader) -> list[Item]:
+        """Read the files and return the items.
+
+        Raises:
+            DataError: a file cannot be used.
+            CannotRun: the tokenizer does not fit the model.
+        """
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents, or texts with labels: one item for each row.
+
+    Attributes:
+        context: most tokens of an item.
+        bos: whether a decoder's text begins with BOS.
+        limit: most items; they are a random sample.
+    """
+
+    context: int
+    bos: bool = False
+    limit: int | None = None
+
+    def load(self, source: DataSource, reader: TextReader) -> list[Item]:
+        """Read the rows, draw the sample, encode the texts."""
+        rows = read_rows(source)
+        chosen = rows if self.limit is None else shuffled(rows)
+        return make_items(chosen, reader, self.context, bos=self.bos, limit=self.limit)
+
+
 def load_items(tasks: Mapping[str, Task], data: Mapping[str, DataSource], reader: TextReader) -> dict[str, list[Item]]:
-    """Return the items of every task; files are read once, and tasks that ask for the same ids get the same list.
+    """Return the items of every task; tasks that read the same data the same way get the same list.
 
     Raises:
         DataError: a file cannot be used.
         CannotRun: the tokenizer does not fit the model, or a task cannot score this kind of model.
     """
-    rows: dict[str, list[Row]] = {}
-    made: dict[tuple[object, ...], list[Item]] = {}
+    made: dict[tuple[str, Reading], list[Item]] = {}
     result = {}
     for name, task in tasks.items():
         _check_fit(name, task, data[task.data], reader)
-        bos = bool(getattr(task, "bos", False))
-        key = (task.data, task.context, bos, task.items)
+        key = (task.data, task.reading)
         if key not in made:
-            if task.data not in rows:
-                rows[task.data] = read_rows(data[task.data])
-            chosen = rows[task.data] if task.items is None else shuffled(rows[task.data])
-            made[key] = make_items(chosen, reader, task.context, bos=bos, limit=task.items)
+            made[key] = task.reading.load(data[task.data], reader)
         result[name] = made[key]
     return result
 
@@ -181,10 +294,10 @@ def _check_fit(name: str, task: Task, source: DataSource, reader: TextReader) ->
         raise DataError(f"evaluate.{name}: data.{task.data} names no label column; add `label: COLUMN` to it")
 
 
-def shuffled(rows: Sequence[Row]) -> list[Row]:
+def shuffled(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """Return rows in the order of a hash of their group, else text: the first few are a sample of whole groups."""
 
-    def place(row: Row) -> tuple[str, str]:
+    def place(row: AnyRow) -> tuple[str, str]:
         group = row.text if row.group is None else row.group
         return hashlib.sha256(group.encode()).hexdigest(), group
 

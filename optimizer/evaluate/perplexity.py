@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from optimizer.evaluate.distributions import Rows
-from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.items import Item, Texts, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
@@ -53,6 +53,15 @@ class Perplexity:
     def identity(self) -> Mapping[str, Any]:
         """Return the fields."""
         return asdict(self)
+
+    @property
+    def reading(self) -> Texts:
+        """Return how its items are made."""
+        return Texts(self.context, self.bos, self.items)
+
+    def chance(self, items: Sequence[Item]) -> float | None:
+        """Return None: it has no accuracy."""
+        return None
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> PerplexityTally:
         """Return what adds up the loss of a model's logits; the source's result is not needed."""

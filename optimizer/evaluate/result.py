@@ -21,7 +21,7 @@ class TaskResult:
     """The scores of one task on one model.
 
     Attributes:
-        scores: by metric name.
+        scores: by name; a score that is the only one of its kind is called like its metric.
         reference: arrays that other models' results are compared with; only a source's agreement has them.
     """
 
@@ -33,11 +33,11 @@ class TaskResult:
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, NDArray[Any]] = {f"reference/{key}": self.reference[key] for key in sorted(self.reference)}
         entries = {}
-        for metric, scores in sorted(self.scores.items()):
-            entries[metric] = {"items": scores.items, "groups": list(scores.groups)}
+        for name, scores in sorted(self.scores.items()):
+            entries[name] = {"metric": scores.metric, "items": scores.items, "groups": list(scores.groups)}
             # A point may be NaN or infinite, which JSON cannot say.
-            arrays[f"point/{metric}"] = np.array(scores.point)
-            arrays.update({f"values/{metric}/{key}": scores.values[key] for key in sorted(scores.values)})
+            arrays[f"point/{name}"] = np.array(scores.point)
+            arrays.update({f"values/{name}/{key}": scores.values[key] for key in sorted(scores.values)})
         np.savez(folder / "result.npz", allow_pickle=False, **arrays)
         text = json.dumps({"format": FORMAT, "scores": entries}, sort_keys=True, indent=1)
         (folder / "result.json").write_text(text + "\n", encoding="utf-8")
@@ -55,14 +55,14 @@ def load(folder: Path) -> TaskResult:
     with np.load(folder / "result.npz", allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}
     scores = {
-        metric: Scores(
-            metric=metric,
+        name: Scores(
+            metric=entry.get("metric", name),
             items=entry["items"],
             groups=tuple(entry["groups"]),
-            values=_below(arrays, f"values/{metric}/"),
-            point=float(arrays[f"point/{metric}"]),
+            values=_below(arrays, f"values/{name}/"),
+            point=float(arrays[f"point/{name}"]),
         )
-        for metric, entry in record["scores"].items()
+        for name, entry in record["scores"].items()
     }
     return TaskResult(scores, _below(arrays, "reference/"))
 

@@ -58,12 +58,16 @@ def _passes(items: Mapping[str, list[Item]], names: Iterable[str]) -> list[list[
 
 def _positions(items: Sequence[Item], kind: str) -> list[int]:
     """Return how many rows of logits each item has: one per token, or one per text."""
-    return [len(item.ids) if kind == "decoder" else 1 for item in items]
+    return [len(item.ids) - item.first if kind == "decoder" else 1 for item in items]
 
 
 def _score(items: Sequence[Item], scorer: Scorer, tallies: Sequence[Tally]) -> Iterator[int]:
     """Pass the items through the model once, show every tally the logits, yield how many rows each step had."""
-    expected, seen = _positions(items, scorer.kind), [0] * len(items)
+    starts = [item.first if scorer.kind == "decoder" else 0 for item in items]
+    expected, seen = (
+        [start + count for start, count in zip(starts, _positions(items, scorer.kind), strict=True)],
+        starts,
+    )
     for index, first, logits in scorer.logits(items) if scorer.kind == "decoder" else _one_by_one(items, scorer):
         if first != seen[index]:
             raise RuntimeError(f"scorer: item {index}: got position {first}, expected {seen[index]}")

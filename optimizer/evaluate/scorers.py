@@ -40,8 +40,8 @@ class Scorer(Protocol):
     def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (item index, first position, logits [R, V] of the R positions from there on).
 
-        Items come in any order, positions of one item ascending and complete. A slice is valid until the next one is
-        asked for.
+        Items come in any order; the positions of one item ascend, from its `first` on, and are complete. A slice is
+        valid until the next one is asked for.
         """
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
@@ -78,9 +78,11 @@ class TorchScorer:
 
     def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
-        for indices, logits in self._walk(items, use_cache=False):
+        distinct, owners = _distinct(items)
+        for indices, logits in self._walk(distinct, use_cache=False):
             for row, index in enumerate(indices):
-                yield index, 0, logits[row]
+                for owner in owners[index]:
+                    yield owner, items[owner].first, logits[row, items[owner].first :]
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""
@@ -124,8 +126,10 @@ class RuntimeScorer:
         from runtime.session import DecoderSession
 
         session = DecoderSession(self.graph, capacity=max(len(item.ids) for item in items), threads=self.threads)
-        for index, item in enumerate(items):
-            yield from ((index, first, rows) for first, rows in _in_chunks(session, item.ids))
+        distinct, owners = _distinct(items)
+        for item, indices in zip(distinct, owners, strict=True):
+            for first, rows in _in_chunks(session, item):
+                yield from ((index, first, rows) for index in indices)
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""
@@ -163,9 +167,27 @@ def _forward(ids: torch.Tensor, options: Mapping[str, Any]) -> Callable[[PreTrai
     return forward
 
 
-def _in_chunks(session: DecoderSession, ids: Sequence[int]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield (first position, logits). Chunks are nearly equal: one of a single token would run as a decode step."""
-    most = max(4, SLICE_ELEMENTS // session.vocabulary)
+def _distinct(items: Sequence[Item]) -> tuple[list[Item], list[list[int]]]:
+    """Return the items that differ in ids or first position, and for each the indices of all that are equal to it.
+
+    Questions whose choices have one token each ask several things of the same logits.
+    """
+    owners: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for index, item in enumerate(items):
+        owners.setdefault((item.ids, item.first), []).append(index)
+    return [items[indices[0]] for indices in owners.values()], list(owners.values())
+
+
+def _in_chunks(session: DecoderSession, item: Item) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (position, logits from there on), from the item's first wanted position on.
+
+    Chunks are nearly equal: one of a single token would run as a decode step. A chunk before that position computes
+    one row of logits, which is the least.
+    """
+    ids, most = item.ids, max(4, SLICE_ELEMENTS // session.vocabulary)
     bounds = np.linspace(0, len(ids), -(-len(ids) // most) + 1).astype(int).tolist()
     for start, end in pairwise(bounds):
-        yield start, session.run(ids[start:end], past=start)
+        first = min(max(item.first, start), end - 1)
+        rows = session.run(ids[start:end], past=start, rows=np.arange(first - start, end - start))
+        if end > item.first:
+            yield first, rows

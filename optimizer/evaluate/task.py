@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from optimizer.evaluate.distributions import Rows
-    from optimizer.evaluate.items import Item
+    from optimizer.evaluate.items import Item, Reading
     from optimizer.evaluate.result import TaskResult
 
 
@@ -47,12 +47,11 @@ class Task(Protocol):
         """Return the entry of the recipe's `data` that the task reads."""
 
     @property
-    def context(self) -> int:
-        """Return the most tokens of an item."""
+    def reading(self) -> Reading:
+        """Return how its items are made of the data."""
 
-    @property
-    def items(self) -> int | None:
-        """Return the most items; None takes all."""
+    def chance(self, items: Sequence[Item]) -> float | None:
+        """Return the accuracy of a model that understands nothing; None where there is no such thing."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return what decides its scores besides model and items: its fields, and a hash of the user's own code."""

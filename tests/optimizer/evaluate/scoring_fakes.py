@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimizer.evaluate.items import Item
+from passes.base import TORCH, Model
 
 
 class FakeScorer:
@@ -19,7 +22,7 @@ class FakeScorer:
     def logits(self, items):
         self.passes += 1
         for index in reversed(range(len(items))):
-            for first in range(0, len(self.answers[index]), self.rows):
+            for first in range(items[index].first, len(self.answers[index]), self.rows):
                 yield index, first, self.answers[index][first : first + self.rows]
 
     def classify(self, items):
@@ -57,6 +60,28 @@ def write_tokenizer(folder: Path, *, template: bool = False, max_length: int | N
         tokenizer.enable_padding(length=max_length)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def tiny_llama(folder: Path) -> Model:
+    """Write a llama of two layers for `write_tokenizer`'s seven words, with weights far from uniform answers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=7,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=24,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    module = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    module.save_pretrained(folder)
+    return Model(TORCH, folder, folder, json.loads((folder / "config.json").read_text()))
 
 
 def write_rows(path: Path, *rows: dict) -> Path:

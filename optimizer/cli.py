@@ -258,6 +258,69 @@ def predict(folder: Artifact, threads: Threads = None, json: AsJson = False) -> 
 
 
 @app.command()
+def embed(
+    folder: Artifact,
+    *,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model's prompt put before each text, such as query.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a .npy array, float32 [texts, width], instead.")
+    ] = None,
+    threads: Threads = None,
+    json: AsJson = False,
+) -> int:
+    """Turn the lines of standard input into vectors.
+
+    Prints one JSON array of numbers for each text.
+    """
+    from runtime.embedding import TextEmbedder
+
+    if output is not None and output.suffix != ".npy":
+        raise CommandError(f"--output: got {output}, expected a name that ends in .npy")
+    vectors = TextEmbedder.load(folder, threads=threads).embed(_standard_input().splitlines(), prompt)
+    if output is not None:
+        import numpy
+
+        try:
+            numpy.save(output, vectors, allow_pickle=False)
+        except OSError as error:
+            raise CommandError(f"{output}: cannot be written, {(error.strerror or str(error)).lower()}") from None
+        typer.echo(f"wrote {output}, {vectors.shape[0]} vectors of {vectors.shape[1]}")
+    elif json:
+        typer.echo(json_format.dumps(vectors.tolist()))
+    else:
+        for vector in vectors:
+            typer.echo(json_format.dumps(vector.tolist()))
+    return ExitCode.PASS
+
+
+@app.command()
+def rerank(
+    folder: Artifact,
+    *,
+    query: Annotated[str, typer.Option(metavar="TEXT", help="What the documents should answer.", show_default=False)],
+    threads: Threads = None,
+    json: AsJson = False,
+) -> int:
+    """Order the lines of standard input by how well they fit a query.
+
+    Prints score and document, best first; with --json also its place among the lines.
+    """
+    from dataclasses import asdict
+
+    from runtime.reranking import TextReranker
+
+    ranking = TextReranker.load(folder, threads=threads).rank(query, _standard_input().splitlines())
+    if json:
+        typer.echo(json_format.dumps([asdict(ranked) for ranked in ranking], ensure_ascii=False))
+        return ExitCode.PASS
+    for ranked in ranking:
+        typer.echo(f"{ranked.score:.4f}\t{ranked.document}")
+    return ExitCode.PASS
+
+
+@app.command()
 def clean(
     store: StoreFolder = None,
     older_than: Annotated[

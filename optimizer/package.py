@@ -19,7 +19,8 @@ from typing import Any, cast
 from optimizer.errors import CannotRun, CommandError, OptimizeError
 from optimizer.schema import written
 from optimizer.source import CONFIGURATION_FILES, NOTICE_FILES, Source
-from passes._kind import kind_of
+from passes._kind import Kind, kind_of
+from passes._sentence import context_length, score_activation, sentence_settings
 from passes.base import Model
 from runtime.artifact import (
     EVIDENCE,
@@ -27,6 +28,7 @@ from runtime.artifact import (
     KVCache,
     Lineage,
     Manifest,
+    Sentence,
     TensorSpec,
     is_allowed,
     write_manifest,
@@ -34,6 +36,13 @@ from runtime.artifact import (
 
 GRAPH = "model.onnx"
 PROBE_TOKENS = 4
+USES: Mapping[Kind, str] = {
+    "decoder": 'optimize generate DIR --prompt "..."',
+    "classifier": "optimize predict DIR < texts",
+    "reranker": 'optimize rerank DIR --query "..." < documents',
+    "embedder": "optimize embed DIR < texts",
+}
+"""What a model card says of how the artifact is asked."""
 DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 """What a config.json means that names no labels."""
 UNFINISHED, OLD = "unfinished", "old"
@@ -176,13 +185,11 @@ def model_card(name: str, source: Source, steps: Sequence[tuple[str, Mapping[str
         f"{key}: {value}\n" for key, value in (("license", source.license), ("base_model", source.base_model)) if value
     )
     chain = "".join(f"- `{step}`{': ' if options else ''}{_options_text(options)}\n" for step, options in steps)
-    decoder = kind_of(source.model.config) == "decoder"
-    use = 'optimize generate DIR --prompt "..."' if decoder else "optimize predict DIR < texts"
     return (
         f"---\n{front}---\n# {name}\n\nMade from {source.base_model}"
         f"{f' at {source.revision}' if source.revision else ''} by these passes:\n\n{chain}\n"
         f"`recipe.yaml` and `optimize.lock` say how, `evidence/` what was measured.\n\n"
-        f"    optimize verify DIR\n    {use}\n"
+        f"    optimize verify DIR\n    {USES[kind_of(source.model.config)]}\n"
     )
 
 
@@ -217,13 +224,29 @@ def _describe(source: Source, model: Model, folder: Path) -> Manifest:
         graphs={"model": GRAPH},
         inputs=inputs,
         outputs=outputs,
-        context_length=int(config["max_position_embeddings"]),
+        context_length=context_length(model.assets, config) or int(config["max_position_embeddings"]),
         vocabulary=int(config["vocab_size"]),
         lineage=Lineage(source.base_model, source.revision, source.license),
         kv_cache=_kv_cache(inputs),
         eos_token_ids=_eos_token_ids(folder, config) if kind == "decoder" else (),
         bos_token_id=config.get("bos_token_id") if kind == "decoder" else None,
         labels=labels,
+        sentence=_sentence(model),
+        activation=score_activation(model.assets, config),
+    )
+
+
+def _sentence(model: Model) -> Sentence | None:
+    """Return what the manifest says of an embedder: how its graph pools, and how texts are read."""
+    settings = sentence_settings(model.assets, model.config)
+    if settings is None:
+        return None
+    return Sentence(
+        pooling=settings.pooling,
+        normalized=settings.normalized,
+        lower_case=settings.lower_case,
+        prompts=settings.prompts,
+        default_prompt=settings.default_prompt,
     )
 
 
@@ -259,9 +282,13 @@ def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _prove(folder: Path, kind: str) -> None:
     """Let the artifact answer as a user would: by the command line, in a process that has nothing else in memory."""
-    question = ["generate", str(folder), "--prompt", "a", "--max-tokens", str(PROBE_TOKENS)]
-    command = question if kind == "decoder" else ["predict", str(folder)]
-    asked = [sys.executable, "-m", "optimizer.cli", *command]
+    questions = {
+        "decoder": ["generate", str(folder), "--prompt", "a", "--max-tokens", str(PROBE_TOKENS)],
+        "classifier": ["predict", str(folder)],
+        "reranker": ["rerank", str(folder), "--query", "a"],
+        "embedder": ["embed", str(folder)],
+    }
+    asked = [sys.executable, "-m", "optimizer.cli", *questions[kind]]
     done = subprocess.run(asked, input="a\n", capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

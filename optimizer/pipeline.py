@@ -29,6 +29,7 @@ from optimizer.report import Reporter, Style
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.store import Store, default_limit, default_root
 from passes._kind import kind_of
+from passes._sentence import require_sentence
 from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, Stage
 from runtime.errors import ServingError
 from runtime.threads import default_threads
@@ -116,6 +117,7 @@ class _Chain:
         with told.progress("loading") as progress:
             source = load_source(recipe.model, recipe.model_folder, progress)
             _require_sizes(source.model)
+            require_sentence(source.model.assets, source.model.config)
             check_finite(source, store, progress)
         reader = TextReader.of(source.model.assets, source.model.config)
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}

@@ -29,6 +29,7 @@ from passes._safetensors import (
     tensor_index,
     weight_files,
 )
+from passes._sentence import sentence_files
 from passes.base import TORCH, Model, Progress, no_progress
 
 CONFIGURATION_FILES = (
@@ -38,8 +39,6 @@ CONFIGURATION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "modules.json",
-    "1_Pooling/config.json",
 )
 NOTICE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "notice*")
 HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md", *NOTICE_FILES)
@@ -180,7 +179,7 @@ def source_identity(source: Source, store: Store) -> str:
     Files are hashed again only when path, inode, size or times differ from those the store remembers.
     """
     folder = source.model.folder
-    names = [name for name in CONFIGURATION_FILES if (folder / name).is_file()]
+    names = [name for name in CONFIGURATION_FILES if (folder / name).is_file()] + sentence_files(folder)
     names += [path.name for path in weight_files(folder)]
     return fingerprint({name: store.fact(folder / name, "sha256", hash_file) for name in names})
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from passes.base import PassError
 
-Kind = Literal["decoder", "classifier", "embedder"]
+Kind = Literal["decoder", "classifier", "reranker", "embedder"]
 
 _ENDINGS: dict[str, Kind] = {
     "ForCausalLM": "decoder",
@@ -30,7 +30,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
-    """Return "decoder" (next token), "classifier" (class of a text) or "embedder" (vectors).
+    """Return "decoder" (next token), "classifier" (class of a text), "reranker" (score of two texts) or "embedder".
 
     Raises:
         PassError: the class answers something else.
@@ -38,8 +38,14 @@ def kind_of(config: Mapping[str, Any]) -> Kind:
     architecture = architecture_of(config)
     for ending, kind in _ENDINGS.items():
         if architecture.endswith(ending) and not config.get("is_encoder_decoder"):
-            return kind
+            return "reranker" if kind == "classifier" and _labels(config) == 1 else kind
     raise PassError(
         f"config.json: {architecture} cannot be lowered; expected a ...ForCausalLM, a ...ForSequenceClassification or "
         "a bare encoder"
     )
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """Return the number of labels; transformers means two where nothing is said."""
+    named = config.get("id2label")
+    return len(named) if named else int(config.get("num_labels") or 2)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from passes._graph import GRAPH
 from passes._kind import kind_of
+from passes._pooling import Pooling, encode, pooling_of
 from passes._quantized import QuantizedLinear
 from passes._walk import walk
 from passes.base import Context, Model
@@ -77,8 +78,8 @@ class Probe:
         runner = GraphRunner(folder, threads)
         return runner.decode(self.ids, self.splits) if self.ids else self._real_tokens(runner.encode(self.feed))
 
-    def torch(self, module: PreTrainedModel) -> Array:
-        """Return the answer of a torch module."""
+    def torch(self, module: PreTrainedModel, pooling: Pooling | None = None) -> Array:
+        """Return the answer of a torch module, an embedder's pooled as `pooling` says."""
         for child in module.modules():
             if isinstance(child, QuantizedLinear):
                 child.exact_activations = True
@@ -88,12 +89,12 @@ class Probe:
         tensors = {name: torch.tensor(value) for name, value in self.feed.items()}
         if getattr(module.config, "type_vocab_size", 0) < 2:
             tensors.pop("token_type_ids")
-        out = module(**tensors)
-        return self._real_tokens((out.logits if hasattr(out, "logits") else out.last_hidden_state).numpy())
+        return self._real_tokens(encode(module, tensors, pooling).numpy())
 
     def walked(self, skeleton: Skeleton) -> Array:
         """Return the answer of a torch stage, one block of its weights in memory at a time."""
-        return next(walk(skeleton, [self.torch]))[1]
+        pooling = pooling_of(skeleton.assets, skeleton.config)
+        return next(walk(skeleton, [lambda module: self.torch(module, pooling)]))[1]
 
     def _real_tokens(self, out: Array) -> Array:
         """Return the numbers of real tokens alone: what stands at padding means nothing."""

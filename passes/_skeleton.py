@@ -28,6 +28,7 @@ class Skeleton:
 
     Attributes:
         config: the content of `config.json`.
+        assets: the folder with tokenizer and sentence-transformers files.
         module: the transformers model, in evaluation mode, parameters on the meta device; buffers that are computed
             from the configuration (rotary frequencies) are real.
         specs: module name -> how it is quantized.
@@ -36,7 +37,7 @@ class Skeleton:
     """
 
     def __init__(self, model: Model, attention: str = "sdpa") -> None:
-        self.config = model.config
+        self.config, self.assets = model.config, model.assets
         self.module = build_module(model.config, attention)
         self.specs: dict[str, LayerSpec] = read_specs(model.folder)
         self.ties = _ties(self.module)

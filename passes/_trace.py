@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
+from passes._pooling import Pooling, encode, pooling_of
 from passes._skeleton import Skeleton
 from passes.base import PassError
 
@@ -72,7 +73,10 @@ def trace_decoder(skeleton: Skeleton) -> ir.Model:
 
 
 def trace_encoder(skeleton: Skeleton) -> ir.Model:
-    """Return the graph of an encoder with dynamic batch and sequence; output `logits` or `last_hidden_state`."""
+    """Return the graph of an encoder with dynamic batch and sequence.
+
+    Its output is `logits`, `sentence_embedding` where the folder says how tokens are pooled, or `last_hidden_state`.
+    """
     ids = torch.zeros(2, 5, dtype=torch.int64)
     mask = torch.ones(2, 5, dtype=torch.int64)
     names = ["input_ids", "attention_mask"]
@@ -80,7 +84,7 @@ def trace_encoder(skeleton: Skeleton) -> ir.Model:
     if getattr(skeleton.module.config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
         arguments.append(torch.zeros(2, 5, dtype=torch.int64))
-    graph = _Encoder(skeleton.module, names)
+    graph = _Encoder(skeleton.module, names, pooling_of(skeleton.assets, skeleton.config))
     shapes = ([{0: _DYNAMIC, 1: _DYNAMIC}] * len(names),)
     model = _trace(skeleton, graph, (arguments,), shapes, names, [graph.output])
     axes = {name: ["batch", "tokens"] for name in names}
@@ -220,15 +224,14 @@ class _Decoder(nn.Module):
 class _Encoder(nn.Module):
     """An encoder as the graph sees it: named integer inputs in, one tensor out."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], pooling: Pooling | None) -> None:
         super().__init__()
-        self.wrapped, self.names = model, names
+        self.wrapped, self.names, self.pooling = model, names, pooling
         classifies = type(model).__name__.endswith("ForSequenceClassification")
-        self.output = "logits" if classifies else "last_hidden_state"
+        self.output = "logits" if classifies else "sentence_embedding" if pooling else "last_hidden_state"
 
     def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        out: torch.Tensor = getattr(self.wrapped(**dict(zip(self.names, inputs, strict=True))), self.output)
-        return out
+        return encode(self.wrapped, dict(zip(self.names, inputs, strict=True)), self.pooling)
 
 
 def _trace(

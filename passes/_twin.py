@@ -20,6 +20,7 @@ from torch import nn
 from passes._graph import save_graph
 from passes._lower import lower
 from passes._parity import Probe, range_error
+from passes._pooling import pooling_of
 from passes._safetensors import SINGLE_NAME, write_safetensors
 from passes._skeleton import Skeleton, build_module
 from passes.base import TORCH, Context, Model, PassError
@@ -81,8 +82,9 @@ def compare(twin: Model, graph: Path, ctx: Context) -> float:
     """Return the error of the graph in folder `graph` against torch's eager attention on the twin."""
     probe = Probe.random(twin.config, ctx.seed, SPLITS)
     skeleton = Skeleton(twin, attention="eager")
+    pooling = pooling_of(twin.assets, twin.config)
     with skeleton.loaded(""), torch.inference_mode():
-        want = probe.torch(skeleton.module)
+        want = probe.torch(skeleton.module, pooling)
     return range_error(probe.graph(graph, ctx.threads), want)
 
 

@@ -29,10 +29,10 @@ class ExportOnnx(Pass):
     writes: ClassVar[Stage] = ONNX
 
     def requires(self, model: Model) -> None:
-        """Refuse architectures that are neither causal language models nor encoders."""
-        from passes._kind import kind_of
+        """Refuse architectures that are neither causal language models nor encoders, and pooling nobody knows."""
+        from passes._sentence import require_sentence
 
-        kind_of(model.config)
+        require_sentence(model.assets, model.config)
 
     def estimate(self, model: Model) -> Estimate:
         """Count the bytes of the graph's tensors: float32, and packed integers as they are."""

@@ -17,8 +17,10 @@ from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, PromptError, SamplingError, ServingError, SessionError
 
 if TYPE_CHECKING:
+    from runtime.embedding import TextEmbedder
     from runtime.generation import Completion, TextGenerator, TextStream
     from runtime.prediction import Prediction, TextClassifier
+    from runtime.reranking import Ranked, TextReranker
     from runtime.sampler import SamplingParams
     from runtime.session import DecoderSession, EncoderSession
     from runtime.tokenizer import Tokenizer
@@ -31,12 +33,15 @@ __all__ = [
     "Manifest",
     "Prediction",
     "PromptError",
+    "Ranked",
     "SamplingError",
     "SamplingParams",
     "ServingError",
     "SessionError",
     "TextClassifier",
+    "TextEmbedder",
     "TextGenerator",
+    "TextReranker",
     "TextStream",
     "Tokenizer",
     "load",
@@ -47,8 +52,11 @@ _LATE = {
     "Completion": "generation",
     "TextGenerator": "generation",
     "TextStream": "generation",
+    "TextEmbedder": "embedding",
     "Prediction": "prediction",
     "TextClassifier": "prediction",
+    "Ranked": "reranking",
+    "TextReranker": "reranking",
     "SamplingParams": "sampler",
     "DecoderSession": "session",
     "EncoderSession": "session",
@@ -58,7 +66,7 @@ _LATE = {
 
 def load(
     folder: str | os.PathLike[str], *, threads: int | None = None, context: int | None = None, digest: str | None = None
-) -> TextGenerator | TextClassifier:
+) -> TextGenerator | TextClassifier | TextReranker | TextEmbedder:
     """Verify an artifact and load what it holds.
 
     Args:
@@ -68,7 +76,8 @@ def load(
         digest: the identity to insist on, as `Manifest.digest` gives it.
 
     Returns:
-        A TextGenerator (`generate`, `stream`) for a decoder, a TextClassifier (`predict`) for a classifier.
+        A TextGenerator (`generate`, `stream`) for a decoder, a TextClassifier (`predict`) for a classifier, a
+        TextReranker (`rank`, `scores`) for a reranker, a TextEmbedder (`embed`) for an embedder.
 
     Raises:
         ServingError: one line that says what is wrong.
@@ -82,7 +91,13 @@ def load(
         from runtime.prediction import TextClassifier
 
         return TextClassifier.from_verified(folder, manifest, threads=threads)
-    raise ArtifactError(f"{folder}: is an {manifest.kind}, expected a decoder or a classifier; it cannot be served yet")
+    if manifest.kind == "reranker":
+        from runtime.reranking import TextReranker
+
+        return TextReranker.from_verified(folder, manifest, threads=threads)
+    from runtime.embedding import TextEmbedder
+
+    return TextEmbedder.from_verified(folder, manifest, threads=threads)
 
 
 def __getattr__(name: str) -> object:

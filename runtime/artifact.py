@@ -27,14 +27,17 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 EVIDENCE: Final = "evidence"  # verdicts and timings: outside the identity, never read by the runtime
 MAX_MANIFEST_BYTES: Final = 4 << 20
-Kind = Literal["decoder", "classifier", "embedder"]
-KINDS: Final[tuple[Kind, ...]] = ("decoder", "classifier", "embedder")
+Kind = Literal["decoder", "classifier", "reranker", "embedder"]
+KINDS: Final[tuple[Kind, ...]] = ("decoder", "classifier", "reranker", "embedder")
+Activation = Literal["sigmoid", "identity"]
+ACTIVATIONS: Final[tuple[Activation, ...]] = ("sigmoid", "identity")
 
 _SUFFIXES: Final = (".onnx", ".data", ".json", ".jinja", ".txt", ".yaml", ".lock", ".md")
 _LEGAL: Final = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)([-_][\w-]+(\.\d+)*)?(\.rst)?", re.ASCII | re.IGNORECASE)
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _FLOAT32: Final = "float32"
+_NEWER: Final = ("sentence", "activation")  # keys that the first writers of format 1 did not know: left out when None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,25 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class Sentence:
+    """How an embedder reads a text and forms its vector.
+
+    Attributes:
+        pooling: how the graph makes one vector of a text's tokens; those of several modes stand side by side.
+        normalized: whether the graph scales that vector to length 1.
+        lower_case: whether a text is lower-cased before the tokenizer sees it.
+        prompts: name to what is put before a text.
+        default_prompt: name of the prompt used when none is asked for.
+    """
+
+    pooling: tuple[str, ...]
+    normalized: bool
+    lower_case: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+
+
+@dataclass(frozen=True)
 class Lineage:
     """Where the weights come from: Hub id or folder name, resolved commit, licence (as the source states it)."""
 
@@ -78,7 +100,7 @@ class Manifest:
     """The content of `manifest.json`, and so the identity of the artifact.
 
     Attributes:
-        kind: what the graph answers: the next token, a class, or a vector.
+        kind: what the graph answers: the next token, a class, the score of two texts, or a vector.
         graphs: role to file name; today always `{"model": "model.onnx"}`.
         inputs, outputs: the graph's signature.
         kv_cache: None for an encoder.
@@ -86,6 +108,8 @@ class Manifest:
         vocabulary: number of token ids the graph knows (V).
         eos_token_ids: generation ends when one of these is chosen.
         labels: class names in the order of the logits.
+        sentence: an embedder's; None where its source does not say how tokens are pooled.
+        activation: the function that a reranker's score goes through.
         files: every regular file of the folder but the manifest itself and `evidence/`.
     """
 
@@ -100,11 +124,20 @@ class Manifest:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     labels: tuple[str, ...] | None = None
+    sentence: Sentence | None = None
+    activation: Activation | None = None
     files: Mapping[str, FileEntry] = field(default_factory=lambda: MappingProxyType({}))
 
     def to_bytes(self) -> bytes:
         """Return `manifest.json` as it stands on disk; there is one spelling for one content."""
-        return canonical_json({"format": FORMAT, **_plain(self)})
+        content = _plain(self)
+        unsaid = {name for name in _NEWER if content[name] is None}
+        return canonical_json({"format": FORMAT, **{key: content[key] for key in content.keys() - unsaid}})
+
+    @property
+    def described_kind(self) -> str:
+        """The kind with its article, for messages."""
+        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
 
     @cached_property
     def digest(self) -> str:
@@ -287,11 +320,11 @@ class _Reader:
         if not isinstance(self.content, dict):
             raise ArtifactError(f"{self.where}: got {_short(self.content)}, expected an object")
 
-    def keys(self, *names: str) -> None:
+    def keys(self, *names: str, optional: Sequence[str] = ()) -> None:
         """Refuse missing and unknown keys."""
         if missing := sorted(set(names) - set(self.content)):
             raise ArtifactError(f"{self.where}: lacks {', '.join(missing)}; get the artifact again")
-        if unknown := sorted(set(self.content) - set(names)):
+        if unknown := sorted(set(self.content) - {*names, *optional}):
             raise ArtifactError(f"{self.where}: unknown key {unknown[0]!r}; install a newer optimize-models")
 
     def at(self, name: str) -> _Reader:
@@ -308,6 +341,9 @@ class _Reader:
         if not least <= value < 1 << 62:
             self.refuse(name, f"an integer of at least {least}")
         return value
+
+    def flag(self, name: str) -> bool:
+        return cast(bool, self._typed(name, bool, "true or false"))
 
     def items(self, name: str) -> list[Any]:
         return cast("list[Any]", self._typed(name, list, "a list"))
@@ -328,7 +364,8 @@ def _short(value: object) -> str:
 
 
 def _manifest(read: _Reader) -> Manifest:
-    read.keys("format", *(item.name for item in dataclasses.fields(Manifest)))
+    names = {item.name for item in dataclasses.fields(Manifest)} - set(_NEWER)
+    read.keys("format", *names, optional=_NEWER)
     if read.text("kind") not in KINDS:
         read.refuse("kind", " or ".join(KINDS))
     files = _file_entries(read.at("files"))
@@ -345,8 +382,14 @@ def _manifest(read: _Reader) -> Manifest:
         eos_token_ids=_token_ids(read, "eos_token_ids", vocabulary),
         bos_token_id=None if read.content["bos_token_id"] is None else read.count("bos_token_id", 0),
         labels=_labels(read),
+        sentence=_sentence(read.at("sentence")) if "sentence" in read.content else None,
+        activation=_activation(read) if "activation" in read.content else None,
         files=files,
     )
+    if (manifest.kind == "reranker") != (manifest.activation is not None):
+        raise ArtifactError(f"{read.where}: activation: expected one for a reranker, and none for another kind")
+    if manifest.sentence is not None and manifest.kind != "embedder":
+        read.refuse("sentence", f"none for a {manifest.kind}")
     if (manifest.kind == "decoder") != (manifest.kv_cache is not None):
         read.refuse("kv_cache", f"{'an object' if manifest.kind == 'decoder' else 'null'} for a {manifest.kind}")
     return manifest
@@ -406,3 +449,27 @@ def _labels(read: _Reader) -> tuple[str, ...] | None:
     if not all(type(label) is str for label in read.items("labels")):
         read.refuse("labels", "a list of strings")
     return tuple(read.items("labels"))
+
+
+def _sentence(read: _Reader) -> Sentence:
+    read.keys("pooling", "normalized", "lower_case", "prompts", "default_prompt")
+    if not read.items("pooling") or not all(type(mode) is str for mode in read.items("pooling")):
+        read.refuse("pooling", "a list of names")
+    prompts = read.at("prompts")
+    texts = {name: prompts.text(name) for name in prompts.content}
+    default = read.text_or_none("default_prompt")
+    if default is not None and default not in texts:
+        read.refuse("default_prompt", "the name of a prompt")
+    return Sentence(
+        pooling=tuple(read.items("pooling")),
+        normalized=read.flag("normalized"),
+        lower_case=read.flag("lower_case"),
+        prompts=MappingProxyType(texts),
+        default_prompt=default,
+    )
+
+
+def _activation(read: _Reader) -> Activation:
+    if read.text("activation") not in ACTIVATIONS:
+        read.refuse("activation", " or ".join(ACTIVATIONS))
+    return cast(Activation, read.text("activation"))

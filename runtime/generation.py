@@ -83,7 +83,7 @@ class TextGenerator:
     ) -> TextGenerator:
         """Load an artifact that `verify` has just returned this manifest for."""
         if manifest.kv_cache is None:
-            raise ArtifactError(f"{folder}: is a {manifest.kind}, expected a decoder; it cannot generate text")
+            raise ArtifactError(f"{folder}: is {manifest.described_kind}, expected a decoder; it cannot generate text")
         if context is not None and not 1 <= context <= manifest.context_length:
             raise PromptError(f"context: got {context}, expected 1 to {manifest.context_length} tokens")
         path = Path(folder) / manifest.graphs["model"]

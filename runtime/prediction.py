@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, SessionError
-from runtime.session import EncoderSession
+from runtime.session import EncoderSession, pad_id
 from runtime.tokenizer import Tokenizer
 
 BATCH_TEXTS: Final = 32
@@ -65,9 +64,11 @@ class TextClassifier:
     ) -> TextClassifier:
         """Load an artifact that `verify` has just returned this manifest for."""
         if manifest.kind != "classifier":
-            raise ArtifactError(f"{folder}: is a {manifest.kind}, expected a classifier; it cannot predict labels")
+            raise ArtifactError(
+                f"{folder}: is {manifest.described_kind}, expected a classifier; it cannot predict labels"
+            )
         path = Path(folder) / manifest.graphs["model"]
-        session = EncoderSession(path, threads=threads, pad_id=_pad_id(Path(folder)))
+        session = EncoderSession(path, threads=threads, pad_id=pad_id(folder))
         return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
 
     def predict(self, texts: Sequence[str], batch: int = BATCH_TEXTS) -> list[Prediction]:
@@ -112,12 +113,3 @@ def _largest_probability(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     probabilities: NDArray[np.float64] = 1 / np.exp(shifted).sum(axis=1)
     return probabilities
-
-
-def _pad_id(folder: Path) -> int:
-    """Return the padding id of `config.json`: models that count positions from it need the right one."""
-    try:
-        pad_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
-    except (OSError, ValueError, AttributeError):
-        return 0
-    return pad_id if type(pad_id) is int else 0

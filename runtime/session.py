@@ -6,6 +6,7 @@ runs, and reads the logits where the graph left them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -248,11 +249,17 @@ class EncoderSession:
             expected = ", ".join(_ENCODER)
             raise SessionError(f"{Path(model)}: is no encoder graph, unknown input {unknown[0]!r}, expected {expected}")
 
-    def run(self, batch: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def run(self, batch: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> NDArray[np.float32]:
         """Return the graph's first output for B sequences of ids, right-padded to the longest of them (T tokens).
 
+        Args:
+            batch: token ids.
+            types: which text each token belongs to, 0 or 1, as long as its ids; None where there is one text alone. A
+                graph without such an input, as of RoBERTa, is not told.
+
         Returns:
-            `[B, labels]` of a classifier, `[B, T, D]` of a graph that ends in hidden states; a fresh array.
+            `[B, labels]` of a classifier or a reranker, `[B, W]` of an embedder that pools, `[B, T, D]` of a graph that
+            ends in hidden states; a fresh array.
         """
         if not batch or not all(len(ids) for ids in batch):
             raise SessionError("run: got an empty batch or sequence, expected at least one token each")
@@ -265,5 +272,16 @@ class EncoderSession:
         for row, ids in enumerate(batch):
             feed["input_ids"][row, : len(ids)] = ids
             feed["attention_mask"][row, : len(ids)] = 1
+        for row, kinds in enumerate(types or ()):
+            feed["token_type_ids"][row, : len(kinds)] = kinds
         result = self._session.run([self.output], {name: feed[name] for name in self._inputs})
         return np.asarray(result[0], np.float32)
+
+
+def pad_id(folder: str | os.PathLike[str]) -> int:
+    """Return the padding id of an artifact's `config.json`: models that count positions from it need the right one."""
+    try:
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return found if type(found) is int else 0

@@ -71,6 +71,14 @@ class Tokenizer:
         """Return the ids of each text, as `encode` does."""
         return [encoding.ids for encoding in self._backend.encode_batch([_unicode(text) for text in texts])]
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Return ids and types of each pair of texts: a type is 0 for the first text's tokens and 1 for the second's.
+
+        Where they are cut, the longer of the two texts is cut first.
+        """
+        texts = [(_unicode(first), _unicode(second)) for first, second in pairs]
+        return [(encoding.ids, encoding.type_ids) for encoding in self._backend.encode_batch(texts)]
+
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of a conversation, ending where the assistant's answer begins.
 

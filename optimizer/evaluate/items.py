@@ -16,6 +16,7 @@ import numpy as np
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
 from passes._kind import kind_of
+from passes._sentence import context_length
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -105,7 +106,7 @@ class TextReader:
             truncation=tokenizer.truncation,
             kind=kind_of(config),
             vocabulary=int(text["vocab_size"]),
-            context_length=text.get("max_position_embeddings", text.get("n_positions")),
+            context_length=context_length(assets, config),
             bos=text.get("bos_token_id"),
             labels={str(name): int(index) for index, name in named.items()},
             prefix=_prefix(assets, tokenizer, text),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.items import Item
+from runtime.batching import equal_length_batches
 
 if TYPE_CHECKING:
     import torch
@@ -53,14 +54,7 @@ def batches(items: Sequence[Item], tokens_per_batch: int) -> Iterator[list[int]]
 
     Each item is yielded once, short ones first; a list has at most `tokens_per_batch` tokens, or a single item.
     """
-
-    def length(index: int) -> int:
-        return len(items[index].ids)
-
-    for tokens, group in groupby(sorted(range(len(items)), key=length), key=length):
-        indices = list(group)
-        size = max(1, tokens_per_batch // max(1, tokens))
-        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+    return equal_length_batches([len(item.ids) for item in items], tokens_per_batch)
 
 
 class TorchScorer:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from optimizer.cli import main
 from runtime.artifact import canonical_json
+from runtime.embedding import TextEmbedder
+from runtime.reranking import TextReranker
 
 from .projects import ROOT
 
 DECODER = ROOT / "tests/data/artifact-v1"
 CLASSIFIER = ROOT / "tests/data/artifact-v1-classifier"
+EMBEDDER = ROOT / "tests/data/artifact-v1-embedder"
+RERANKER = ROOT / "tests/data/artifact-v1-reranker"
 WRONG, CANNOT = 2, 4
 
 
@@ -73,6 +81,13 @@ GENERATE = ["generate", "--prompt", "a"]
 QUESTIONS = [
     ("predict on a decoder", DECODER, ["predict"], CANNOT, "is a decoder, expected a classifier"),
     ("generate on a classifier", CLASSIFIER, GENERATE, CANNOT, "is a classifier, expected a decoder"),
+    ("embed on a classifier", CLASSIFIER, ["embed"], CANNOT, "is a classifier, expected an embedder"),
+    ("predict on a reranker", RERANKER, ["predict"], CANNOT, "is a reranker, expected a classifier"),
+    ("rerank on an embedder", EMBEDDER, ["rerank", "--query", "a"], CANNOT, "is an embedder, expected a reranker"),
+    ("rerank without a query", RERANKER, ["rerank"], WRONG, "Missing option '--query'"),
+    ("prompt nobody knows", EMBEDDER, ["embed", "--prompt", "x"], WRONG, "prompt: got 'x', expected document, query"),
+    ("output of another kind", EMBEDDER, ["embed", "--output", "v.csv"], WRONG, "expected a name that ends in .npy"),
+    ("output nowhere", EMBEDDER, ["embed", "--output", "no/v.npy"], WRONG, "no/v.npy: cannot be written, no such"),
     ("prompt longer than the context", DECODER, ["generate", "--prompt", "a " * 9000], WRONG, "prompt"),
     ("temperature below 0", DECODER, [*GENERATE, "--temperature", "-1"], WRONG, "temperature: got -1.0"),
     ("temperature is no number", DECODER, [*GENERATE, "--temperature", "hot"], WRONG, "'--temperature'"),
@@ -88,6 +103,12 @@ QUESTIONS = [
     ("wrong digest", DECODER, ["verify", "--digest", "0" * 64], CANNOT, "is another artifact, got digest"),
     ("digest of another length", DECODER, ["verify", "--digest", "123"], CANNOT, "digest: got '123', expected 64"),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every command two texts on its standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a fox\n日本語\n".encode())))
 
 
 def said(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -123,3 +144,36 @@ def test_question_that_cannot_be_answered_is_refused(
 ) -> None:
     got, line = said([*command, folder], capsys)
     assert (got, text in line) == (code, True), line
+
+
+def answered(*arguments: object, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must succeed and return what it printed."""
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_embed_prints_an_array_per_line_or_one_document(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = TextEmbedder.load(EMBEDDER, threads=1).embed(["a fox", "日本語"])
+    out = answered("embed", EMBEDDER, "--threads", 1, *options, capsys=capsys)
+    printed = json.loads(out) if options else [json.loads(line) for line in out.splitlines()]
+    assert printed == vectors.tolist()
+
+
+def test_embed_writes_a_float32_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vectors.npy"
+    assert answered("embed", EMBEDDER, "--output", path, capsys=capsys) == f"wrote {path}, 2 vectors of 16\n"
+    array = np.load(path, allow_pickle=False)
+    assert (array.dtype, array.shape) == (np.float32, (2, 16))
+
+
+def test_rerank_prints_score_and_document_best_first(capsys: pytest.CaptureFixture[str]) -> None:
+    ranking = TextReranker.load(RERANKER, threads=1).rank("fox", ["a fox", "日本語"])
+    out = answered("rerank", RERANKER, "--query", "fox", "--threads", 1, capsys=capsys)
+    assert out.splitlines() == [f"{ranked.score:.4f}\t{ranked.document}" for ranked in ranking]
+
+
+def test_rerank_as_json_tells_the_place_among_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    ranking = TextReranker.load(RERANKER, threads=1).rank("fox", ["a fox", "日本語"])
+    out = json.loads(answered("rerank", RERANKER, "--query", "fox", "--threads", 1, "--json", capsys=capsys))
+    assert out == [asdict(ranked) for ranked in ranking]

@@ -11,7 +11,7 @@ from optimizer.errors import CannotRun, CommandError
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.source import Source
 from passes.base import ONNX, Model
-from runtime.artifact import Manifest, verify
+from runtime.artifact import Manifest, Sentence, verify
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -147,3 +147,46 @@ def test_card_tells_passes_with_their_options(decoder: Source) -> None:
     assert card.startswith("---\nlicense: psf-2.0\nbase_model: org/base\n---\n# small\n\nMade from org/base at c0ffee")
     assert "- `quantize_rtn`: format int4, exclude []\n- `export_onnx`\n" in card
     assert "optimize generate DIR" in card
+
+
+def test_manifest_of_an_embedder_says_what_its_sentence_files_say(tmp_path: Path) -> None:
+    source = source_of("artifact-v1-embedder", architectures=["BertModel"])
+    shutil.copytree(source.model.assets, tmp_path / "source")
+    _write_sentence_files(tmp_path / "source")
+    source = replace(source, model=replace(source.model, assets=tmp_path / "source"))
+    manifest = write(tmp_path / "out", source)
+    assert manifest.sentence == Sentence(("mean",), True, True, {"query": "find: "}, None)
+    assert manifest.context_length == 24
+    assert not {"modules.json", "sentence_bert_config.json"} & set(manifest.files)  # it would point to folders
+
+
+def test_what_a_reranker_scores_goes_through_is_in_the_manifest(tmp_path: Path) -> None:
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    manifest = write(tmp_path / "out", source_of("artifact-v1-reranker", sentence_transformers=identity))
+    assert (manifest.kind, manifest.activation) == ("reranker", "identity")
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "line"),
+    [
+        ("artifact-v1-embedder", "BertModel", "optimize embed DIR < texts"),
+        ("artifact-v1-reranker", "BertForSequenceClassification", 'optimize rerank DIR --query "..." < documents'),
+    ],
+)
+def test_model_card_says_how_the_artifact_is_asked(name: str, architecture: str, line: str) -> None:
+    card = model_card("r", source_of(name, architectures=[architecture]), [])
+    assert f"    {line}\n" in card
+
+
+def _write_sentence_files(folder: Path) -> None:
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (folder / "1_Pooling").mkdir()
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": 24, "do_lower_case": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "find: "}},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")

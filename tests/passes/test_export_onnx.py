@@ -237,6 +237,12 @@ def test_the_kind_of_a_model_follows_from_its_class(architecture: str, kind: str
     assert kind_of({"architectures": [architecture]}) == kind
 
 
+def test_a_classifier_of_one_label_is_a_reranker() -> None:
+    named = {"architectures": ["BertForSequenceClassification"]}
+    assert kind_of({**named, "id2label": {"0": "LABEL_0"}}) == kind_of({**named, "num_labels": 1}) == "reranker"
+    assert kind_of({**named, "id2label": {"0": "a", "1": "b"}}) == "classifier"
+
+
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [

@@ -23,6 +23,16 @@ def classifier_folder() -> Path:
     return DATA / "artifact-v1-classifier"
 
 
+@pytest.fixture(scope="session")
+def embedder_folder() -> Path:
+    return DATA / "artifact-v1-embedder"
+
+
+@pytest.fixture(scope="session")
+def reranker_folder() -> Path:
+    return DATA / "artifact-v1-reranker"
+
+
 @pytest.fixture
 def copied(decoder_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(decoder_folder, tmp_path / "artifact"))

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,45 @@ def test_a_manifest_that_is_no_json_object_is_refused(copied: Path, raw: bytes) 
 def test_a_field_of_the_wrong_kind_is_named(copied: Path, path: str, value: object) -> None:
     edit_manifest(copied, lambda content: content.update({path: value}))
     assert path in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("pooling", []),
+        ("pooling", [1]),
+        ("normalized", 1),
+        ("lower_case", None),
+        ("prompts", {"query": 1}),
+        ("prompts", []),
+        ("default_prompt", "passage"),
+    ],
+)
+def test_a_wrong_field_of_an_embedder_is_named(embedder_folder: Path, tmp_path: Path, path: str, value: object) -> None:
+    folder = Path(shutil.copytree(embedder_folder, tmp_path / "embedder"))
+    edit_manifest(folder, lambda content: content["sentence"].update({path: value}))
+    assert f"sentence: {path}" in refusal(folder)
+
+
+def test_only_an_embedder_pools_and_only_a_reranker_has_an_activation(copied: Path, reranker_folder: Path) -> None:
+    reranker = json.loads((reranker_folder / "manifest.json").read_bytes())
+    edit_manifest(copied, lambda content: content.update(activation=reranker["activation"]))
+    assert "activation: expected one for a reranker, and none for another kind" in refusal(copied)
+    edit_manifest(copied, lambda content: content.update(activation="tanh"))
+    assert "activation: got 'tanh', expected sigmoid or identity" in refusal(copied)
+    edit_manifest(copied, lambda content: content.pop("activation"))
+    sentence = {"pooling": ["cls"], "normalized": True, "lower_case": False, "prompts": {}, "default_prompt": None}
+    edit_manifest(copied, lambda content: content.update(sentence=sentence))
+    assert "expected none for a decoder" in refusal(copied)
+
+
+@pytest.mark.parametrize("kind", ["embedder", "reranker"])
+def test_keys_that_came_later_are_written_only_where_there_is_something_to_say(
+    kind: str, embedder_folder: Path, reranker_folder: Path, decoder_folder: Path
+) -> None:
+    folder = {"embedder": embedder_folder, "reranker": reranker_folder}[kind]
+    written = json.loads(verify(folder).to_bytes()).keys() - json.loads(verify(decoder_folder).to_bytes()).keys()
+    assert written == {{"embedder": "sentence", "reranker": "activation"}[kind]}
 
 
 def test_a_missing_field_is_named(copied: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from optimizer.errors import CannotRun, CommandError, OptimizeError
 from optimizer.schema import written
-from optimizer.source import CONFIGURATION_FILES, NOTICE_FILES, Source
+from optimizer.source import CONFIGURATION_FILES, NOTICE_FILES, Source, eos_token_ids
 from passes._kind import Kind, kind_of
 from passes._sentence import context_length, score_activation, sentence_settings
 from passes.base import Model
@@ -228,7 +228,7 @@ def _describe(source: Source, model: Model, folder: Path) -> Manifest:
         vocabulary=int(config["vocab_size"]),
         lineage=Lineage(source.base_model, source.revision, source.license),
         kv_cache=_kv_cache(inputs),
-        eos_token_ids=_eos_token_ids(folder, config) if kind == "decoder" else (),
+        eos_token_ids=eos_token_ids(folder, config) if kind == "decoder" else (),
         bos_token_id=config.get("bos_token_id") if kind == "decoder" else None,
         labels=labels,
         sentence=_sentence(model),
@@ -268,16 +268,6 @@ def _kv_cache(inputs: tuple[TensorSpec, ...]) -> KVCache | None:
         return None
     _, heads, _, width = past[0].shape
     return KVCache(layers=len(past) // 2, heads=int(heads), head_width=int(width))
-
-
-def _eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return every id that ends a text, as the generation settings and the configuration name them."""
-    found: set[int] = set()
-    generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text()) if generation.is_file() else {}
-    for value in (settings.get("eos_token_id"), config.get("eos_token_id")):
-        found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
-    return tuple(sorted(found))
 
 
 def _prove(folder: Path, kind: str) -> None:

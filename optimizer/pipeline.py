@@ -91,6 +91,7 @@ class _Chain:
     """A model on its way through the passes.
 
     Attributes:
+        reader: how source and results read text.
         model: as the last pass left it.
         key: names all that decided it.
         items: of each evaluation.
@@ -104,6 +105,7 @@ class _Chain:
     told: Reporter
     source: Source
     threads: int
+    reader: TextReader
     model: Model
     key: str
     items: Mapping[str, list[Item]]
@@ -123,7 +125,7 @@ class _Chain:
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
         threads = recipe.target.threads or default_threads()
         key = fingerprint(source_identity(source, store))
-        chain = cls(recipe, store, told, source, threads, source.model, key, items, {}, {}, Scored())
+        chain = cls(recipe, store, told, source, threads, reader, source.model, key, items, {}, {}, Scored())
         chain._score("source")
         chain.source_results = chain.results
         return chain
@@ -240,7 +242,7 @@ class _Chain:
         scorer = self._scorer()
         start = time.perf_counter()
         with self.told.progress(f"scoring {what}") as progress, _quiet_libraries():
-            results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress)
+            results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress, self.reader)
         for name, result in results.items():
             result.save(folder / name)
         return {"seconds": time.perf_counter() - start}

@@ -116,7 +116,7 @@ def check_configuration(folder: Path, names: list[str]) -> Mapping[str, Any]:
         raise CannotRun(f"{folder}: an adapter, not a model (adapter_config.json); merge it into its base model first")
     if "config.json" not in names:
         raise CannotRun(f"{folder}: no config.json, expected a model in Hugging Face format")
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method", key) if isinstance(config[key], dict) else key
@@ -215,7 +215,7 @@ def _fetch(model: HubId, progress: Progress) -> Path:
     names = [path.name for path in folder.iterdir()]
     check_configuration(folder, names)
     pinned = HubId(model.repository, folder.name)
-    shards = _read_object(folder / INDEX_NAME).get("weight_map") if INDEX_NAME in names else None
+    shards = read_object(folder / INDEX_NAME).get("weight_map") if INDEX_NAME in names else None
     files = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
     fetch(pinned, [SINGLE_NAME, *sorted(files)], progress)
     if INDEX_NAME not in names and not (folder / SINGLE_NAME).exists():
@@ -253,7 +253,7 @@ def _check_tokenizer(folder: Path, names: list[str], config: Mapping[str, Any]) 
             f"{folder}: no tokenizer.json; write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     path, vocabulary = folder / "tokenizer.json", _vocabulary(config)
-    tokenizer = _read_object(path)
+    tokenizer = read_object(path)
     try:
         tokens = tokenizer["model"]["vocab"]
         last = max(tokens.values(), default=-1) if isinstance(tokens, dict) else len(tokens) - 1
@@ -292,7 +292,8 @@ def _is_finite(entry: TensorEntry) -> bool:
     return True
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; raise CannotRun where it is no object."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -326,3 +327,13 @@ def _origin(folder: Path) -> tuple[str, str | None]:
     if place.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/", 1), place.name
     return place.name, None
+
+
+def eos_token_ids(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return every id that ends a text, as the generation settings and the configuration name them."""
+    found: set[int] = set()
+    generation = folder / "generation_config.json"
+    settings = read_object(generation) if generation.is_file() else {}
+    for value in (settings.get("eos_token_id"), config.get("eos_token_id")):
+        found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    return tuple(sorted(found))

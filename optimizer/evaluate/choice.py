@@ -20,7 +20,7 @@ from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.distributions import Rows
 from optimizer.evaluate.items import Item, TextReader, items_hash, majority_share, shuffled
 from optimizer.evaluate.result import TaskResult
-from optimizer.evaluate.templates import cell, check_template, columns_of, render_all
+from optimizer.evaluate.templates import cell, check_named, columns_of, render_all
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 
@@ -285,14 +285,18 @@ class Choice:
 
     data: str = field(metadata={"help": "entry of `data` that holds the questions", "names": "data"})
     layout: Literal["blimp", "arc", "piqa", "boolq", "winogrande", "mmlu"] | None = field(
-        default=None, metadata={"help": "layout of a published data set; else prompt, choices and answer say it"}
+        default=None, metadata={"help": "layout of a published data set; without, columns of your own"}
     )
-    prompt: str = field(default="", metadata={"help": "text before each choice; {column} stands for a cell"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "text before each choice; {column} stands for a cell; {prompt} if not given"}
+    )
     choices: str | tuple[str, ...] | None = field(
-        default=None, metadata={"help": "{column} that holds a list of choices, or a list of texts with {column}"}
+        default=None,
+        metadata={"help": "{column} that holds a list of choices, or a list of texts; {choices} if not given"},
     )
     answer: str | None = field(
-        default=None, metadata={"help": "column with the answer: number from 0, letter, or text of the right choice"}
+        default=None,
+        metadata={"help": "column with the answer: number from 0, letter or text of a choice; answer if not given"},
     )
     names: str | tuple[str, ...] | None = field(
         default=None, metadata={"help": "what the answer column calls each choice: {column} of a list, or a list"}
@@ -304,15 +308,13 @@ class Choice:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        own = [name for name in ("prompt", "choices", "answer", "names") if getattr(self, name)]
+        own = [name for name in ("prompt", "choices", "answer", "names") if getattr(self, name) is not None]
         if self.layout and own:
             raise ValueError(f"{own[0]}: the layout {self.layout} says it already, expected one of layout and {own[0]}")
-        if not self.layout and not (self.choices and self.answer):
-            raise ValueError(f"got no layout, expected one ({', '.join(LAYOUTS)}) or choices and answer")
         for name in ("prompt", "choices", "names"):
             value = getattr(self, name) or ()
             for template in (value,) if isinstance(value, str) else value:
-                _check_named(name, template)
+                check_named(name, template)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the fields."""
@@ -333,8 +335,8 @@ class Choice:
     def _layout(self) -> Layout:
         if self.layout:
             return LAYOUTS[self.layout]
-        assert self.choices and self.answer
-        return Layout(self.prompt, self.choices, (self.answer,), self.names)
+        prompt = "{prompt}" if self.prompt is None else self.prompt
+        return Layout(prompt, self.choices or "{choices}", (self.answer or "answer",), self.names)
 
     def chance(self, items: Sequence[Item]) -> float | None:
         """Return what guessing gets right: one in the number of choices, or more where one choice is often right.
@@ -350,13 +352,6 @@ class Choice:
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> ChoiceTally:
         """Return what sums up log-probabilities; the source's result is not needed."""
         return ChoiceTally(items, items_hash(items, self.context))
-
-
-def _check_named(name: str, template: str) -> None:
-    try:
-        check_template(template)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _continuations(items: Sequence[Item]) -> list[Continuation]:

@@ -15,8 +15,10 @@ import numpy as np
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
+from optimizer.source import eos_token_ids, read_object
 from passes._kind import kind_of
 from passes._sentence import context_length
+from runtime.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,6 +83,8 @@ class TextReader:
         bos: beginning-of-sequence id of a decoder, None where it has none.
         prefix: what a decoder reads before a text without a context: the tokenizer's BOS, else its EOS, else None.
         labels: class name -> index.
+        eos: ids that end a decoder's text.
+        chat_template: None where the model has none.
     """
 
     tokenizer: Tokenizer
@@ -91,6 +95,8 @@ class TextReader:
     bos: int | None
     labels: Mapping[str, int]
     prefix: int | None = None
+    eos: frozenset[int] = frozenset()
+    chat_template: ChatTemplate | None = None
 
     @classmethod
     def of(cls, assets: Path, config: Mapping[str, Any]) -> TextReader:
@@ -110,6 +116,8 @@ class TextReader:
             bos=text.get("bos_token_id"),
             labels={str(name): int(index) for index, name in named.items()},
             prefix=_prefix(assets, tokenizer, text),
+            eos=frozenset(eos_token_ids(assets, config)),
+            chat_template=ChatTemplate.load(assets),
         )
 
     def longest(self, context: int | None) -> int | None:
@@ -132,6 +140,27 @@ class TextReader:
                 found[index] = self.tokenizer.encode(text, add_special_tokens=False).ids
         self._require_known(found)
         return found
+
+    def encode_chats(self, questions: Sequence[str]) -> list[list[int]]:
+        """Return the ids of conversations that a user opens, each ending where the answer begins.
+
+        Raises:
+            CannotRun: the model has no chat template.
+            PromptError: the template refuses a question.
+        """
+        if self.chat_template is None:
+            raise CannotRun(
+                "tokenizer_config.json: has no chat_template; leave `chat` out, or use a model that has one"
+            )
+        texts = [self.chat_template.render([{"role": "user", "content": question}]) for question in questions]
+        self.tokenizer.no_truncation()
+        found = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        self._require_known(found)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each (context, continuation), split where the context's own ids end.
@@ -226,7 +255,7 @@ def read_settings(assets: Path) -> Mapping[str, Any]:
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (assets / name).is_file():
-            settings |= {key: value for key, value in json.loads((assets / name).read_bytes()).items() if value}
+            settings |= {key: value for key, value in read_object(assets / name).items() if value}
     return settings
 
 

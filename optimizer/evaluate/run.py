@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import blocks
-from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.items import Item, TextReader, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.scorers import Scorer
-from optimizer.evaluate.task import Tally, Task
+from optimizer.evaluate.task import Inquiry, Tally, Task
 from passes.base import Progress, no_progress
 
 
@@ -21,6 +21,7 @@ def evaluate(
     scorer: Scorer,
     source: Mapping[str, TaskResult] | None = None,
     progress: Progress = no_progress,
+    reader: TextReader | None = None,
 ) -> dict[str, TaskResult]:
     """Return the result of each task, by its name.
 
@@ -29,7 +30,8 @@ def evaluate(
         items: of each task; tasks whose items are equal share one pass through the model.
         scorer: the model.
         source: the results of the source on the same tasks and items; None when the source itself is evaluated.
-        progress: told how many tokens (of a classifier: items) are done.
+        progress: told how many tokens (of a classifier: items; of prompts: answers) are done.
+        reader: how the model reads text; tasks that generate text need it.
 
     Raises:
         ValueError: `source` was scored on other items.
@@ -38,11 +40,15 @@ def evaluate(
     tallies = {
         name: task.tally(items[name], scorer.kind, source[name] if source else None) for name, task in tasks.items()
     }
-    passes = _passes(items, tasks)
+    for tally in tallies.values():
+        if isinstance(tally, Inquiry):
+            tally.ask(scorer, reader, progress)
+    watching = {name: tally for name, tally in tallies.items() if not isinstance(tally, Inquiry)}
+    passes = _passes(items, watching)
     total = sum(sum(_positions(items[names[0]], scorer.kind)) for names in passes)
     done = 0
     for names in passes:
-        for count in _score(items[names[0]], scorer, [tallies[name] for name in names]):
+        for count in _score(items[names[0]], scorer, [watching[name] for name in names]):
             done += count
             progress(done, total, "token" if scorer.kind == "decoder" else "item")
     return {name: tally.result() for name, tally in tallies.items()}

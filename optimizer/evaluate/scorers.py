@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.evaluate.greedy import Answer, Ends, cache_bytes_per_token, decode, decoding, walks
 from optimizer.evaluate.items import Item
 from runtime.batching import equal_length_batches
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from passes._skeleton import Skeleton
     from passes.base import Model
     from runtime.session import DecoderSession
 
@@ -31,7 +33,7 @@ class Scorer(Protocol):
     """Answers items with one model.
 
     Attributes:
-        kind: "decoder" (has `logits`) or "classifier" (has `classify`).
+        kind: "decoder" (has `logits` and `generate`) or "classifier" (has `classify`).
     """
 
     @property
@@ -47,6 +49,9 @@ class Scorer(Protocol):
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Return the logits of all items [n, labels], in their order."""
+
+    def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
+        """Yield (item index, answer) to each item, decoded greedily, in any order."""
 
 
 def batches(items: Sequence[Item], tokens_per_batch: int) -> Iterator[list[int]]:
@@ -85,21 +90,41 @@ class TorchScorer:
             answers.update(zip(indices, logits, strict=True))
         return np.stack([answers[index] for index in range(len(items))])
 
+    def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
+        """Let prompts of equal length go on together; a token costs one reading of the blocks for all of a walk."""
+        import torch
+
+        from passes._walk import walk
+
+        skeleton = self._skeleton()
+        per_token = cache_bytes_per_token(skeleton.module.config)
+        lengths = [len(item.ids) + max_tokens for item in items]
+        for together in walks(list(batches(items, TOKENS_PER_BATCH)), lengths, per_token):
+            ids = [torch.tensor([items[index].ids for index in batch]) for batch in together]
+            for number, answers in walk(skeleton, [decoding(x, max_tokens, ends) for x in ids]):
+                yield from zip(together[number], answers, strict=True)
+
     def _walk(self, items: Sequence[Item], **options: Any) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Yield item indices and their logits [B, ...] of every batch."""
         import torch
 
-        from passes._skeleton import Skeleton
         from passes._walk import walk
 
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        skeleton = Skeleton(self.model)
+        skeleton = self._skeleton()
         most = max(1, SLICE_ELEMENTS // skeleton.module.config.vocab_size)
         for indices in _walks(list(batches(items, min(TOKENS_PER_BATCH, most))), items):
             ids = [torch.tensor([items[index].ids for index in batch]) for batch in indices]
             for number, logits in walk(skeleton, [_forward(x, options) for x in ids]):
                 yield indices[number], logits
+
+    def _skeleton(self) -> Skeleton:
+        import torch
+
+        from passes._skeleton import Skeleton
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return Skeleton(self.model)
 
 
 class RuntimeScorer:
@@ -124,6 +149,15 @@ class RuntimeScorer:
         for item, indices in zip(distinct, owners, strict=True):
             for first, rows in _in_chunks(session, item):
                 yield from ((index, first, rows) for index in indices)
+
+    def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
+        """Answer one prompt after another."""
+        from runtime.session import DecoderSession
+
+        capacity = max(len(item.ids) for item in items) + max_tokens
+        session = DecoderSession(self.graph, capacity=capacity, threads=self.threads)
+        for index, item in enumerate(items):
+            yield index, decode(session, item.ids, max_tokens, ends)
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from optimizer.evaluate.distributions import Rows
-    from optimizer.evaluate.items import Item, Reading
+    from optimizer.evaluate.items import Item, Reading, TextReader
     from optimizer.evaluate.result import TaskResult
+    from optimizer.evaluate.scorers import Scorer
+    from passes.base import Progress
 
 
 class Tally(Protocol):
@@ -19,6 +21,17 @@ class Tally(Protocol):
 
     def result(self) -> TaskResult:
         """Return the scores, once all rows have come."""
+
+
+@runtime_checkable
+class Inquiry(Protocol):
+    """Asks a model by itself, where logits that pass by are not the answer."""
+
+    def ask(self, scorer: Scorer, reader: TextReader | None, progress: Progress) -> None:
+        """Ask the model; `reader` turns ids into text and is there where tasks of a recipe are scored."""
+
+    def result(self) -> TaskResult:
+        """Return the scores, once the model has answered."""
 
 
 class TaskBudget(Protocol):
@@ -56,5 +69,5 @@ class Task(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Return what decides its scores besides model and items: its fields, and a hash of the user's own code."""
 
-    def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> Tally:
+    def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> Tally | Inquiry:
         """Start counting for a model of this kind; `source` is None for the source itself."""

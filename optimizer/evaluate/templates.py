@@ -23,6 +23,14 @@ def check_template(template: str) -> None:
             raise ValueError(f"got {template!r}, expected {{column}} for a cell and {{{{ or }}}} for a brace")
 
 
+def check_named(name: str, template: str) -> None:
+    """Check the template of a field; raise ValueError `field: got X, expected Y`."""
+    try:
+        check_template(template)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def columns_of(template: str, present: Sequence[str]) -> list[str]:
     """Return the columns that a template names, each once, in order."""
     names = [piece[1] for piece in _PIECE.finditer(template) if piece[1]]

@@ -137,13 +137,11 @@ def test_an_answer_that_is_none_of_the_choices_names_its_row(value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "got no layout"),
         ({"layout": "arc", "prompt": "{q}"}, "prompt: the layout arc says it already"),
         ({"choices": "{c", "answer": "a"}, "choices: got '{c'"),
-        ({"choices": "{c}"}, "or choices and answer"),
     ],
 )
-def test_options_that_do_not_say_where_questions_are_are_refused(options, message):
+def test_options_that_contradict_each_other_or_themselves_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Choice(data="d", **options)
 
@@ -153,6 +151,12 @@ def test_a_question_needs_two_choices(tmp_path, reader):
         load(tmp_path, reader, {"q": "a", "c": ["b"], "a": 0})
     with pytest.raises(DataError, match="row 1: got an empty choice"):
         load(tmp_path, reader, {"q": "a", "c": ["b", ""], "a": 0})
+
+
+def test_a_file_of_the_users_own_needs_no_options(tmp_path, reader):
+    row = {"prompt": "a", "choices": ["b", "c"], "answer": "c", "remark": "any"}
+    items = Choice(data="d").load(source(tmp_path, row), reader)
+    assert [(item.ids, item.targets, item.label) for item in items] == [((2,), (3,), 1), ((2,), (4,), 1)]
 
 
 # ---- requests

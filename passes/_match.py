@@ -35,6 +35,42 @@ def used_by(value: ir.Value, kind: str) -> ir.Node:
     return users[0]
 
 
+def only_user(value: ir.Value, *kinds: str) -> ir.Node:
+    """Return the one node that uses `value`, of one of `kinds`; refuse if anything else uses it."""
+    users = [use.node for use in value.uses()]
+    if len(users) != 1 or users[0].op_type not in kinds or value.is_graph_output():
+        found = [node.op_type for node in users] + ["the graph's output"] * value.is_graph_output()
+        raise Refusal(f"{value.name} goes to {', '.join(found) or 'nothing'}, expected {' or '.join(kinds)} alone")
+    return users[0]
+
+
+def split_constant(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Return the operands of a node of two as (computed, constant), or refuse."""
+    first, second = node.inputs
+    for computed, fixed in ((first, second), (second, first)):
+        if (
+            computed is not None
+            and fixed is not None
+            and computed.const_value is None
+            and fixed.const_value is not None
+        ):
+            return computed, fixed
+    raise Refusal(f"{node.name} does not join a computed value and a constant")
+
+
+def axes(value: ir.Value | None, rank: int) -> tuple[int | str | None, ...]:
+    """Return the extents of a value of that rank, numbers or symbols, or refuse."""
+    shape = None if value is None else value.shape
+    if value is None or shape is None or len(shape) != rank:
+        raise Refusal(f"{value.name if value else 'a missing input'} has the shape {shape}, expected {rank} axes")
+    return tuple(axis if isinstance(axis, int) else axis.value for axis in shape)
+
+
+def same(first: int | str | None, second: int | str | None) -> bool:
+    """Return whether two extents are known to be equal."""
+    return first is not None and first == second
+
+
 def constant(value: ir.Value | None) -> NDArray[Any]:
     """Return the numbers of a constant, or refuse."""
     if value is None or value.const_value is None:
@@ -62,6 +98,13 @@ def require(condition: bool, reason: str) -> None:
 def insert(graph: ir.Model, before: ir.Node, node: ir.Node) -> None:
     """Put a new node in front of another."""
     graph.graph.insert_before(before, node)
+
+
+def substitute(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` take the place, name and shape of `old` wherever it is used, the graph's outputs included."""
+    name, old.name = old.name, f"{old.name}.unfused"
+    new.name, new.shape, new.type = name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def new_constant(graph: ir.Model, name: str, value: NDArray[Any]) -> ir.Value:

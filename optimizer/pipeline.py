@@ -128,6 +128,7 @@ class _Chain:
         chain = cls(recipe, store, told, source, threads, reader, source.model, key, items, {}, {}, Scored())
         chain._score("source")
         chain.source_results = chain.results
+        chain._require_judgeable()
         return chain
 
     def steps(self, stop_after: str | None, must_end: bool) -> Iterator[Step]:
@@ -278,6 +279,20 @@ class _Chain:
             )
             for name, budget in limits
         )
+
+    def _require_judgeable(self) -> None:
+        """Refuse, before any pass, a budget of a score that the task does not give or that no interval is known for."""
+        for name in self.recipe.gate.budgets:
+            for budget in self.recipe.limits(name):
+                scores = self.source_results[name].scores
+                found = scores.get(budget.judges)
+                if found is None:
+                    raise CannotRun(f"gate.{name}.metric: got {budget.judges!r}, expected one of {', '.join(scores)}")
+                if found.metric != budget.metric:
+                    raise CannotRun(
+                        f"gate.{name}.metric: {budget.judges} is not right or wrong for each item, so no interval is "
+                        "known; leave it out of the gate, its score is reported"
+                    )
 
     def _points(self) -> dict[str, float]:
         return {

@@ -260,7 +260,7 @@ class _RecipeReader:
         if name not in known:
             return self.reader.mistake(chosen, join(where, "task"), f"unknown task {name!r}{suggest(name, known)}")
         task = self.reader.record(node, known[name], where, {"task": lambda *_: name})
-        if task is not BAD:
+        if task is not BAD and "data" in entries:
             self._check_labels(task, entries["data"].value, join(where, "data"))
         return task
 

@@ -127,7 +127,7 @@ def _default_text(option: Field[Any]) -> str:
 def _task_schema(name: str, task: type) -> JsonSchema:
     schema = record_schema(task)
     schema["properties"] = {"task": {"const": name, "description": first_line(task)}, **schema["properties"]}
-    return schema | {"required": ["task", *schema["required"]]}
+    return schema | {"required": ["task", *schema.get("required", [])]}
 
 
 def _passes_schema(passes: Mapping[str, type[Pass]]) -> JsonSchema:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -277,6 +277,17 @@ class Reading(Protocol):
         """
 
 
+@runtime_checkable
+class OwnReading(Protocol):
+    """How items are made where the task itself knows its data."""
+
+    def __hash__(self) -> int:
+        """Return a hash of what decides the items."""
+
+    def load_own(self, reader: TextReader) -> list[Item]:
+        """Return the items; raise CannotRun where that fails."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Documents, or texts with labels: one item for each row.
@@ -305,22 +316,26 @@ def load_items(tasks: Mapping[str, Task], data: Mapping[str, DataSource], reader
         DataError: a file cannot be used.
         CannotRun: the tokenizer does not fit the model, or a task cannot score this kind of model.
     """
-    made: dict[tuple[str, Reading], list[Item]] = {}
+    made: dict[tuple[str, Reading | OwnReading], list[Item]] = {}
     result = {}
     for name, task in tasks.items():
-        _check_fit(name, task, data[task.data], reader)
-        key = (task.data, task.reading)
+        _check_fit(name, task, data, reader)
+        reading = task.reading
+        key = (task.data, reading)
         if key not in made:
-            made[key] = task.reading.load(data[task.data], reader)
+            if isinstance(reading, OwnReading):
+                made[key] = reading.load_own(reader)
+            else:
+                made[key] = reading.load(data[task.data], reader)
         result[name] = made[key]
     return result
 
 
-def _check_fit(name: str, task: Task, source: DataSource, reader: TextReader) -> None:
+def _check_fit(name: str, task: Task, data: Mapping[str, DataSource], reader: TextReader) -> None:
     if reader.kind not in task.kinds:
         wanted = " or ".join(task.kinds)
         raise CannotRun(f"evaluate.{name}: cannot score this kind of model, got {reader.kind}, expected {wanted}")
-    if task.needs_labels and source.label is None:
+    if task.needs_labels and data[task.data].label is None:
         raise DataError(f"evaluate.{name}: data.{task.data} names no label column; add `label: COLUMN` to it")
 
 

@@ -11,7 +11,7 @@ from optimizer.evaluate.distributions import blocks
 from optimizer.evaluate.items import Item, TextReader, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.scorers import Scorer
-from optimizer.evaluate.task import Inquiry, Tally, Task
+from optimizer.evaluate.task import Inquiry, Task, Watcher
 from passes.base import Progress, no_progress
 
 
@@ -48,7 +48,7 @@ def evaluate(
     total = sum(sum(_positions(items[names[0]], scorer.kind)) for names in passes)
     done = 0
     for names in passes:
-        for count in _score(items[names[0]], scorer, [watching[name] for name in names]):
+        for count in show(items[names[0]], scorer, [watching[name] for name in names]):
             done += count
             progress(done, total, "token" if scorer.kind == "decoder" else "item")
     return {name: tally.result() for name, tally in tallies.items()}
@@ -67,8 +67,8 @@ def _positions(items: Sequence[Item], kind: str) -> list[int]:
     return [len(item.ids) - item.first if kind == "decoder" else 1 for item in items]
 
 
-def _score(items: Sequence[Item], scorer: Scorer, tallies: Sequence[Tally]) -> Iterator[int]:
-    """Pass the items through the model once, show every tally the logits, yield how many rows each step had."""
+def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> Iterator[int]:
+    """Pass items through the model once, show every watcher their logits, yield how many rows each step had."""
     starts = [item.first if scorer.kind == "decoder" else 0 for item in items]
     expected, seen = (
         [start + count for start, count in zip(starts, _positions(items, scorer.kind), strict=True)],
@@ -78,8 +78,8 @@ def _score(items: Sequence[Item], scorer: Scorer, tallies: Sequence[Tally]) -> I
         if first != seen[index]:
             raise RuntimeError(f"scorer: item {index}: got position {first}, expected {seen[index]}")
         for rows in blocks(index, first, logits):
-            for tally in tallies:
-                tally.add(rows)
+            for watcher in watchers:
+                watcher.add(rows)
         seen[index] += len(logits)
         yield len(logits)
     if seen != expected:

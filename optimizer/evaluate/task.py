@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from optimizer.evaluate.distributions import Rows
-    from optimizer.evaluate.items import Item, Reading, TextReader
+    from optimizer.evaluate.items import Item, OwnReading, Reading, TextReader
     from optimizer.evaluate.result import TaskResult
     from optimizer.evaluate.scorers import Scorer
     from passes.base import Progress
 
 
-class Tally(Protocol):
-    """Counts what a task wants to know while the logits pass by."""
+class Watcher(Protocol):
+    """Sees logits pass by."""
 
     def add(self, rows: Rows) -> None:
         """Take the next rows: each position of each item comes once, those of one item in order."""
+
+
+class Tally(Watcher, Protocol):
+    """Counts what a task wants to know while the logits pass by."""
 
     def result(self) -> TaskResult:
         """Return the scores, once all rows have come."""
@@ -57,10 +61,10 @@ class Task(Protocol):
 
     @property
     def data(self) -> str:
-        """Return the entry of the recipe's `data` that the task reads."""
+        """Return the entry of the recipe's `data` that the task reads; empty where it knows its own."""
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> Reading | OwnReading:
         """Return how its items are made of the data."""
 
     def chance(self, items: Sequence[Item]) -> float | None:

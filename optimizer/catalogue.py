@@ -12,7 +12,7 @@ from typing import Any
 from optimizer.evaluate.task import Task
 from passes.base import Pass
 
-TASKS = ("perplexity", "classification", "agreement", "choice", "generation", "lm_eval")
+TASKS = ("perplexity", "classification", "agreement", "similarity", "choice", "generation", "lm_eval")
 """The files of `optimizer/evaluate` that are tasks; the others serve them."""
 
 

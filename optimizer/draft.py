@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from optimizer.catalogue import Catalogue
 from optimizer.errors import CannotRun, CommandError
 from optimizer.schema import first_line, option_lines, written
-from passes.base import no_progress
+from passes._kind import kind_of
+from passes.base import PassError, no_progress
 
 LONGEST_CONTEXT = 1024
 
@@ -63,7 +64,29 @@ CLASSIFIER = Kind(
         "size: {max_ratio: 0.8}       # artifact's weights / source's weights",
     ),
 )
-KINDS = {"ForCausalLM": DECODER, "LMHeadModel": DECODER, "ForSequenceClassification": CLASSIFIER}
+_PAIRS = (
+    "text: text            # key or column with the text; pairs are made of the texts if none are given",
+    "# pair: sentence2     # key or column with a second text",
+    "# score: score        # key or column with how similar people find the two: then that is what is correlated with",
+)
+_SIMILARITY = "similarity: {task: similarity, data: held_out, context: CONTEXT}"
+_SIMILARITY_GATE = "similarity: {max_drop: 0.5pt}    # of Spearman's rank correlation: 1pt is 0.01"
+EMBEDDER = Kind(
+    suffix="int8",
+    chain={"quantize_rtn": {"format": "int8", "group_size": 32}, "export_onnx": {}},
+    data=_PAIRS,
+    evaluate=(_SIMILARITY,),
+    gate=(_SIMILARITY_GATE, "size: {max_ratio: 0.8}           # artifact's weights / source's weights"),
+)
+RERANKER = replace(
+    EMBEDDER, data=("text: query           # key or column with the first text, such as the query", *_PAIRS[1:])
+)
+KINDS: Mapping[str, Kind] = {
+    "decoder": DECODER,
+    "classifier": CLASSIFIER,
+    "reranker": RERANKER,
+    "embedder": EMBEDDER,
+}
 
 
 def draft(model: str, config: Mapping[str, Any], choices: Catalogue, *, device: str = "cpu", data: str = "") -> str:
@@ -143,13 +166,10 @@ def _from_hub(model: str) -> Path:
 
 
 def _kind(model: str, config: Mapping[str, Any]) -> Kind:
-    names = config.get("architectures")
-    architecture = str(names[0]) if isinstance(names, list) and names else "none"
-    for ending, kind in KINDS.items():
-        if architecture.endswith(ending):
-            return kind
-    expected = " or ".join(f"...{ending}" for ending in KINDS)
-    raise CannotRun(f"{model}: config.json names the architecture {architecture}, expected {expected}")
+    try:
+        return KINDS[kind_of(config)]
+    except PassError as refusal:
+        raise CannotRun(f"{model}: {refusal}") from None
 
 
 def _pass_lines(name: str, kind: type, options: Mapping[str, object]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .scores import Scores
-from .statistics import clusters, macro_f1, paired, rate, ratio
+from .statistics import clusters, macro_f1, paired, rate, ratio, spearman
 from .statistics.clusters import Array
 
 Warnings: TypeAlias = tuple[tuple[str, str], ...]  # (flag for programs, words for people)
@@ -228,6 +228,62 @@ def _f1_refusal(question: Question, rarest: int, has_few_changes: bool) -> str:
     return _too_few_groups(question)
 
 
+def _compare_spearman(question: Question) -> Evidence:
+    """Compare rank correlations by BCa, or by the worst that items could do when few changed places."""
+    reference = question.pair("reference")[0].astype(np.float64)
+    before, after = (values.astype(np.float64) for values in question.pair("answer"))
+    orders = spearman.Orders(reference, before, after, question.source.groups)
+    changed = int(np.sum(spearman.changed_places(before, after)))
+    has_few_changes = changed < _BCA_CHANGES
+    interval = spearman.few_changes_interval if has_few_changes else spearman.spearman_interval
+    lower, upper = interval(orders, question.alpha, question.fail_alpha)
+    loss = spearman.spearman(reference, before) - spearman.spearman(reference, after)
+    words = f"only {changed} items changed places, {_BCA_CHANGES} needed for BCa: bounded as if each did its worst"
+    return Evidence(
+        difference=loss,
+        lower=lower,
+        upper=upper,
+        n_effective=_effective_groups(question),
+        items_needed=_correlated_items_needed(question, loss, upper, reference, before, has_few_changes),
+        refusal=_spearman_refusal(question, has_few_changes),
+        warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question) + _no_order(question),
+    )
+
+
+def _correlated_items_needed(
+    question: Question, loss: float, upper: float, reference: Array, before: Array, has_few_changes: bool
+) -> int | None:
+    """Count the items that would decide: by the width of the interval seen, or by the floor of unchanged ones."""
+    from scipy.special import ndtri
+
+    if not math.isfinite(upper):
+        return None
+    least = max(_BCA_ITEMS, question.n + 1)
+    if has_few_changes:  # -log(alpha) items may have changed, and each costs at most (9 - 12 / n) / n: more with ties
+        most = spearman.worst_loss_per_move(reference, before) * question.n + 12 / question.n
+        return max(least, math.ceil(-math.log(question.alpha) * most / question.limit))
+    deviation = (upper - loss) / float(ndtri(1 - question.alpha)) * math.sqrt(question.n)
+    return max(least, _units_needed(deviation, question.limit, loss, question.alpha))
+
+
+def _spearman_refusal(question: Question, has_few_changes: bool) -> str:
+    if question.n < _BCA_ITEMS and not has_few_changes:
+        return f"{question.n} items; {_BCA_ITEMS} needed for a rank correlation"
+    return _too_few_groups(question)
+
+
+def _no_order(question: Question) -> Warnings:
+    """Warn when the source hardly orders the items: its correlation may be no more than twice the budget.
+
+    Source: Fisher's z with the variance of Bonett & Wright 2000, Psychometrika 65:23-28.
+    """
+    rho = min(question.source.point, 1 - 1e-12)
+    error = math.sqrt((1 + rho**2 / 2) / max(1, question.n - 3))
+    if math.tanh(math.atanh(rho) - 1.645 * error) > 2 * question.limit:
+        return ()
+    return ((NEAR_CHANCE, f"the source hardly orders the items ({rho:.3f}): this gate protects nothing"),)
+
+
 def _units_needed(deviation: float, margin: float, loss: float, alpha: float) -> int:
     """Count the units that tell a loss from the margin: ((z_alpha + z_beta) s / distance)^2.
 
@@ -284,6 +340,7 @@ _COMPARE: Mapping[str, Callable[[Question], Evidence]] = {
     "perplexity": _compare_perplexity,
     "accuracy": _compare_accuracy,
     "f1": _compare_f1,
+    "spearman": _compare_spearman,
     "flips": _compare_flips,
     "kl": _compare_kl,
 }

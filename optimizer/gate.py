@@ -23,7 +23,7 @@ ANOMALOUS = "anomalous"
 NOT_A_NUMBER = "not a number"
 FLAGS = (ANOMALOUS, FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, NOT_A_NUMBER, SKEWED)
 
-_SHARES = ("accuracy", "f1", "flips")
+_SHARES = ("accuracy", "f1", "spearman", "flips")
 _ANOMALY_LEVEL = 0.001
 _NOTHING = Evidence(math.nan, math.nan, math.nan, math.nan, items_needed=None)
 
@@ -34,9 +34,9 @@ class Budget:
 
     Attributes:
         metric: as in `Scores`.
-        limit: perplexity: relative increase (0.01 is 1 %); accuracy and f1: drop as a fraction of all (0.01 is one
-            point); flips: share of positions; kl: nats per token. Above 0, for no sample can show a loss of nothing.
-        relative: accuracy and f1 only: `limit` is a share of the source's own score.
+        limit: perplexity: relative increase (0.01 is 1 %); accuracy, f1 and spearman: drop (0.01 is one point); flips:
+            share of positions; kl: nats per token. Above 0, for no sample can show a loss of nothing.
+        relative: accuracy, f1 and spearman only: `limit` is a share of the source's own score.
         score: which of a task's scores it judges, where that has another name than its metric.
     """
 
@@ -69,15 +69,16 @@ class Verdict:
         outcome: what is shown: "pass", "fail" or neither.
         source: the source's score.
         candidate: the candidate's score.
-        difference: the loss, positive where the candidate is worse. perplexity: relative increase; accuracy and f1:
-            drop as a fraction of all, also when the budget was relative; flips: share of positions; kl: nats per token.
+        difference: the loss, positive where the candidate is worse. perplexity: relative increase; accuracy, f1 and
+            spearman: drop as a fraction, also when the budget was relative; flips: share of positions; kl: nats per
+            token.
         lower: one-sided bound of the loss at the level of the fail claim.
         upper: one-sided bound of the loss at level `alpha`.
         limit: the budget in the same unit as the difference.
         alpha: level of the pass claim.
         n_items: items compared.
-        n_effective: independent units that carry as much information: items (accuracy), groups (f1), documents
-            (perplexity, kl), positions (flips).
+        n_effective: independent units that carry as much information: items (accuracy), groups (f1, spearman),
+            documents (perplexity, kl), positions (flips).
         reason: why, in a clause or two: what is missing, what to be wary of.
         items_needed: items of this kind that would decide with probability 0.8; None when decided.
         mcnemar_p: accuracy of ungrouped items: evidence of any difference at all; never used to decide.

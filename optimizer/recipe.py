@@ -60,7 +60,9 @@ class DataSource:
     json: Path | tuple[Path, ...] | None = field(default=None, metadata={"help": "JSON file or files"})
     csv: Path | tuple[Path, ...] | None = field(default=None, metadata={"help": "CSV file or files with a header"})
     text: str = field(default="text", metadata={"help": "column with the text"})
+    pair: str | None = field(default=None, metadata={"help": "column with a second text"})
     label: str | None = field(default=None, metadata={"help": "column with the label"})
+    score: str | None = field(default=None, metadata={"help": "column with how similar the two texts are, a number"})
     group: str | None = field(
         default=None, metadata={"help": "column that ties items together: same passage, document or template"}
     )
@@ -71,6 +73,8 @@ class DataSource:
         if (self.json is None) == (self.csv is None):
             given = "neither" if self.json is None else "both"
             raise ValueError(f"got {given}, expected one of json, csv")
+        if self.score is not None and self.pair is None:
+            raise ValueError(f"score: got {self.score!r} and no pair, expected `pair: COLUMN` with the second text")
         if not self.files:
             raise ValueError("got an empty list, expected a file or files")
 

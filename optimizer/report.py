@@ -23,7 +23,7 @@ SHOW_AFTER_S = 1.0
 AGAINST_SOURCE = ("flips", "kl")
 _SEPARATOR = " | "
 _SHARES = ("accuracy", "accuracy_norm", "f1", "flips", "cut", "truncated", "unparsable")
-_UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "flips": " %"}
+_UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "spearman": " pt", "flips": " %"}
 
 
 class Reporter:
@@ -128,7 +128,7 @@ def number_text(metric: str, value: float) -> str:
     """Return a score as a person reads it."""
     if metric in _SHARES:
         return f"{100 * value:.2f} %"
-    return f"{value:.4f}" if metric == "kl" else f"{value:.3f}"
+    return f"{value:.4f}" if metric in ("kl", "spearman") else f"{value:.3f}"
 
 
 def told_apart(values: Iterable[float], limit: float, least: int, spec: str = "") -> list[str]:

@@ -14,6 +14,7 @@ ARRAYS = {
     "perplexity": ("nll", "tokens"),
     "accuracy": ("correct",),
     "f1": ("reference", "answer"),
+    "spearman": ("reference", "answer"),
     "flips": ("flips", "tokens"),
     "kl": ("kl", "tokens"),
 }
@@ -27,12 +28,13 @@ class Scores:
 
     Attributes:
         metric: what kind of score it is: "perplexity", "accuracy" (share of right items, whatever makes it so), "f1"
-            (macro), "flips" or "kl". Any other is reported, and no gate can judge it.
+            (macro), "spearman", "flips" or "kl". Any other is reported, and no gate can judge it.
         items: SHA-256 over the items; only scores of the same items can be compared.
         groups: document, passage or template of each item; unique strings when the items stand alone.
         values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); accuracy: `correct` (bool);
-            f1: `reference`, `answer` (label indices); flips: `flips` (positions whose top-1 differs from the source's),
-            `tokens` (positions); kl: `kl` (summed nats of KL(source || candidate)), `tokens`.
+            f1: `reference`, `answer` (label indices); spearman: `reference`, `answer` (similarities); flips: `flips`
+            (positions whose top-1 differs from the source's), `tokens` (positions); kl: `kl` (summed nats of
+            KL(source || candidate)), `tokens`.
         point: the score as a person reads it.
     """
 

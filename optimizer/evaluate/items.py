@@ -17,7 +17,7 @@ from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
 from optimizer.source import eos_token_ids, read_object
 from passes._kind import kind_of
-from passes._sentence import context_length
+from passes._sentence import SentenceSettings, context_length, sentence_settings
 from runtime.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -49,6 +49,16 @@ class Item:
         """Return the first position whose logits are asked for."""
         return 0
 
+    @property
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        """Return the ids of each text that an embedder makes a vector of."""
+        return (self.ids,)
+
+    @property
+    def types(self) -> tuple[int, ...]:
+        """Return which text each token belongs to, 0 or 1; empty where there is one text alone."""
+        return ()
+
 
 def items_hash(items: Sequence[Item], context: int | None) -> str:
     """Return the sha256, in hexadecimal, of `context` and all that the items hold."""
@@ -77,10 +87,11 @@ class TextReader:
     Attributes:
         tokenizer: from the model's `tokenizer.json`.
         truncation: what `tokenizer.json` itself says about cutting, None for nothing.
-        kind: "decoder", "classifier" or "embedder".
+        kind: "decoder", "classifier", "reranker" or "embedder".
         vocabulary: ids at or above it do not exist.
         context_length: most tokens the model takes; None where its configuration does not say.
         bos: beginning-of-sequence id of a decoder, None where it has none.
+        sentence: how an embedder reads texts; None for another kind, or where its folder does not say.
         prefix: what a decoder reads before a text without a context: the tokenizer's BOS, else its EOS, else None.
         labels: class name -> index.
         eos: ids that end a decoder's text.
@@ -97,6 +108,7 @@ class TextReader:
     prefix: int | None = None
     eos: frozenset[int] = frozenset()
     chat_template: ChatTemplate | None = None
+    sentence: SentenceSettings | None = None
 
     @classmethod
     def of(cls, assets: Path, config: Mapping[str, Any]) -> TextReader:
@@ -118,6 +130,7 @@ class TextReader:
             prefix=_prefix(assets, tokenizer, text),
             eos=frozenset(eos_token_ids(assets, config)),
             chat_template=ChatTemplate.load(assets),
+            sentence=sentence_settings(assets, config),
         )
 
     def longest(self, context: int | None) -> int | None:
@@ -201,6 +214,22 @@ class TextReader:
         ids = self._decoder_ids(texts, context, bos) if self.kind == "decoder" else self._encoder_ids(texts, context)
         self._require_known(ids)
         return ids
+
+    def encode_for_encoder(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], context: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return ids and types of texts, or of pairs of texts, as the runtime reads them: special tokens included.
+
+        They are cut to the shorter of `context` and what the model reads, of a pair the longer text first;
+        `tokenizer.json`'s own limit is not asked, as sentence-transformers does not ask it either.
+
+        Raises:
+            CannotRun: the tokenizer gives an id that the model does not know.
+        """
+        self.tokenizer.enable_truncation(min(context, self.context_length or context))
+        found = [(encoding.ids, encoding.type_ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+        self._require_known([ids for ids, _ in found])
+        return found
 
     def _require_known(self, ids: Sequence[Sequence[int]]) -> None:
         highest = max((max(row) for row in ids if row), default=-1)

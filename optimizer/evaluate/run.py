@@ -30,7 +30,7 @@ def evaluate(
         items: of each task; tasks whose items are equal share one pass through the model.
         scorer: the model.
         source: the results of the source on the same tasks and items; None when the source itself is evaluated.
-        progress: told how many tokens (of a classifier: items; of prompts: answers) are done.
+        progress: told how many tokens (of an encoder: texts; of prompts: answers) are done.
         reader: how the model reads text; tasks that generate text need it.
 
     Raises:
@@ -50,7 +50,7 @@ def evaluate(
     for names in passes:
         for count in show(items[names[0]], scorer, [watching[name] for name in names]):
             done += count
-            progress(done, total, "token" if scorer.kind == "decoder" else "item")
+            progress(done, total, "token" if scorer.kind == "decoder" else "text")
     return {name: tally.result() for name, tally in tallies.items()}
 
 
@@ -63,8 +63,10 @@ def _passes(items: Mapping[str, list[Item]], names: Iterable[str]) -> list[list[
 
 
 def _positions(items: Sequence[Item], kind: str) -> list[int]:
-    """Return how many rows of logits each item has: one per token, or one per text."""
-    return [len(item.ids) - item.first if kind == "decoder" else 1 for item in items]
+    """Return how many rows each item has: logits per token, a vector per text of an embedder, or one row of logits."""
+    if kind == "decoder":
+        return [len(item.ids) - item.first for item in items]
+    return [len(item.texts) if kind == "embedder" else 1 for item in items]
 
 
 def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> Iterator[int]:
@@ -74,7 +76,7 @@ def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> 
         [start + count for start, count in zip(starts, _positions(items, scorer.kind), strict=True)],
         starts,
     )
-    for index, first, logits in scorer.logits(items) if scorer.kind == "decoder" else _one_by_one(items, scorer):
+    for index, first, logits in _answers(items, scorer):
         if first != seen[index]:
             raise RuntimeError(f"scorer: item {index}: got position {first}, expected {seen[index]}")
         for rows in blocks(index, first, logits):
@@ -87,7 +89,23 @@ def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> 
         raise RuntimeError(f"scorer: item {index}: got {seen[index]} positions, expected {expected[index]}")
 
 
+def _answers(items: Sequence[Item], scorer: Scorer) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    """Yield (item index, first row, rows): logits of a decoder or [1, labels], an embedder's vectors [texts, width]."""
+    if scorer.kind == "decoder":
+        return scorer.logits(items)
+    return _vectors(items, scorer) if scorer.kind == "embedder" else _one_by_one(items, scorer)
+
+
 def _one_by_one(items: Sequence[Item], scorer: Scorer) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     """Classify all items and hand out each one's logits [1, labels] as a decoder's only position."""
     logits = scorer.classify(items)
     yield from ((index, 0, logits[index : index + 1]) for index in range(len(logits)))
+
+
+def _vectors(items: Sequence[Item], scorer: Scorer) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    """Embed every distinct text once and hand out each item's vectors [texts, width]."""
+    distinct = {
+        text: number for number, text in enumerate(dict.fromkeys(text for item in items for text in item.texts))
+    }
+    vectors = scorer.embed([Item(text, "") for text in distinct])
+    yield from ((index, 0, vectors[[distinct[text] for text in item.texts]]) for index, item in enumerate(items))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,12 +15,14 @@ from optimizer.evaluate.items import Item
 from runtime.batching import equal_length_batches
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
+    from passes._pooling import Pooling
     from passes._skeleton import Skeleton
     from passes.base import Model
     from runtime.session import DecoderSession
+
+    Forward = Callable[[PreTrainedModel], NDArray[np.float32]]
 
 SLICE_ELEMENTS = 1 << 24
 """Most logits in one slice of `RuntimeScorer.logits`: 64 MiB of float32."""
@@ -33,7 +35,8 @@ class Scorer(Protocol):
     """Answers items with one model.
 
     Attributes:
-        kind: "decoder" (has `logits` and `generate`) or "classifier" (has `classify`).
+        kind: "decoder" (has `logits` and `generate`), "classifier" or "reranker" (have `classify`), or "embedder" (has
+            `embed`).
     """
 
     @property
@@ -49,6 +52,9 @@ class Scorer(Protocol):
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Return the logits of all items [n, labels], in their order."""
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Return the vectors of all items [n, width], in their order."""
 
     def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
         """Yield (item index, answer) to each item, decoded greedily, in any order."""
@@ -70,7 +76,7 @@ class TorchScorer:
 
         Args:
             model: at stage torch.
-            kind: "decoder" or "classifier".
+            kind: as in `Scorer`.
             threads: threads torch may use; None leaves its setting alone.
         """
         self.model, self.kind, self.threads = model, kind, threads
@@ -78,17 +84,22 @@ class TorchScorer:
     def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
         distinct, owners = _distinct(items)
-        for indices, logits in self._walk(distinct, use_cache=False):
+        for indices, logits in self._walk(distinct, _decode):
             for row, index in enumerate(indices):
                 for owner in owners[index]:
                     yield owner, items[owner].first, logits[row, items[owner].first :]
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""
-        answers: dict[int, NDArray[np.float32]] = {}
-        for indices, logits in self._walk(items):
-            answers.update(zip(indices, logits, strict=True))
-        return np.stack([answers[index] for index in range(len(items))])
+        return _in_order(len(items), self._walk(items, _encode))
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Run items of equal length together, and pool as the graph will."""
+        from passes._pooling import pooling_of
+
+        return _in_order(
+            len(items), self._walk(items, _encode, pooling=pooling_of(self.model.assets, self.model.config))
+        )
 
     def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
         """Let prompts of equal length go on together; a token costs one reading of the blocks for all of a walk."""
@@ -104,17 +115,17 @@ class TorchScorer:
             for number, answers in walk(skeleton, [decoding(x, max_tokens, ends) for x in ids]):
                 yield from zip(together[number], answers, strict=True)
 
-    def _walk(self, items: Sequence[Item], **options: Any) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        """Yield item indices and their logits [B, ...] of every batch."""
-        import torch
-
+    def _walk(
+        self, items: Sequence[Item], forward: Callable[..., Forward], **options: Any
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Yield item indices and the answers [B, ...] that `forward` gets, of every batch."""
         from passes._walk import walk
 
         skeleton = self._skeleton()
         most = max(1, SLICE_ELEMENTS // skeleton.module.config.vocab_size)
         for indices in _walks(list(batches(items, min(TOKENS_PER_BATCH, most))), items):
-            ids = [torch.tensor([items[index].ids for index in batch]) for batch in indices]
-            for number, logits in walk(skeleton, [_forward(x, options) for x in ids]):
+            together = [[items[index] for index in batch] for batch in indices]
+            for number, logits in walk(skeleton, [forward(batch, **options) for batch in together]):
                 yield indices[number], logits
 
     def _skeleton(self) -> Skeleton:
@@ -135,7 +146,7 @@ class RuntimeScorer:
 
         Args:
             graph: path of the .onnx file.
-            kind: "decoder" or "classifier".
+            kind: as in `Scorer`.
             threads: threads per operator; None takes the runtime's own default.
         """
         self.graph, self.kind, self.threads = graph, kind, threads
@@ -161,13 +172,19 @@ class RuntimeScorer:
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""
+        return _in_order(len(items), self._encode(items))
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Run items of equal length together."""
+        return _in_order(len(items), self._encode(items))
+
+    def _encode(self, items: Sequence[Item]) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         from runtime.session import EncoderSession
 
         session = EncoderSession(self.graph, threads=self.threads)
-        answers: dict[int, NDArray[np.float32]] = {}
         for indices in batches(items, TOKENS_PER_BATCH):
-            answers.update(zip(indices, session.run([items[index].ids for index in indices]), strict=True))
-        return np.stack([answers[index] for index in range(len(items))])
+            together = [items[index] for index in indices]
+            yield indices, session.run([item.ids for item in together], [item.types for item in together])
 
 
 def _walks(groups: list[list[int]], items: Sequence[Item]) -> Iterator[list[list[int]]]:
@@ -185,12 +202,41 @@ def _walks(groups: list[list[int]], items: Sequence[Item]) -> Iterator[list[list
         yield together
 
 
-def _forward(ids: torch.Tensor, options: Mapping[str, Any]) -> Callable[[PreTrainedModel], NDArray[np.float32]]:
-    """Return a forward pass that ends in logits as an array: [B, T, V] or [B, labels]."""
+def _in_order(count: int, answers: Iterable[tuple[Sequence[int], NDArray[np.float32]]]) -> NDArray[np.float32]:
+    """Return the answers of `count` items that came in batches, in the order of the items."""
+    rows: dict[int, NDArray[np.float32]] = {}
+    for indices, batch in answers:
+        rows.update(zip(indices, batch, strict=True))
+    return np.stack([rows[index] for index in range(count)])
+
+
+def _decode(items: Sequence[Item]) -> Forward:
+    """Return a forward pass of items of equal length that ends in logits [B, T, V]."""
+    import torch
+
+    ids = torch.tensor([item.ids for item in items])
 
     def forward(module: PreTrainedModel) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = module(input_ids=ids, **options).logits.numpy()
+        logits: NDArray[np.float32] = module(input_ids=ids, use_cache=False).logits.numpy()
         return logits
+
+    return forward
+
+
+def _encode(items: Sequence[Item], pooling: Pooling | None = None) -> Forward:
+    """Return a forward pass of items of equal length that ends in logits [B, labels] or vectors [B, width]."""
+    import torch
+
+    from passes._pooling import encode
+
+    ids = torch.tensor([item.ids for item in items])
+    feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def forward(module: PreTrainedModel) -> NDArray[np.float32]:
+        if items[0].types and getattr(module.config, "type_vocab_size", 0) > 1:
+            feed["token_type_ids"] = torch.tensor([item.types for item in items])
+        answer: NDArray[np.float32] = encode(module, feed, pooling).numpy()
+        return answer
 
     return forward
 

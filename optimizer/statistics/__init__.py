@@ -4,7 +4,9 @@
     clusters.py   what items of one document or passage do to a variance, and resampling whole groups
     ratio.py      summed loss over summed tokens (perplexity, KL)
     rate.py       share of positions that changed (flips)
-    macro_f1.py   a score that is no mean of its items
+    bca.py        a score that is no mean of its items, whatever it is
+    macro_f1.py   one of them: F1 over classes
+    spearman.py   another: the order of similarities
 
 A loss is positive where the candidate is worse. Every bound is one-sided at the level it is given.
 """

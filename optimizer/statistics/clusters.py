@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,12 +62,13 @@ def resampled_sums(columns: Array, resamples: int, seed: int = 0) -> Array:
 
     Source: Efron 1979, Annals of Statistics 7:1-26, drawn as multinomial weights.
     """
-    count = len(columns)
+    return np.concatenate([weights @ columns for weights in resampled_weights(len(columns), resamples, seed)])
+
+
+def resampled_weights(count: int, resamples: int, seed: int = 0) -> Iterator[Array]:
+    """Yield how often each of `count` groups is drawn, some resamples at a time: [rows, count]."""
     shares = np.full(count, 1 / count)
     random = np.random.default_rng(seed)
     rows = max(1, _WEIGHTS_AT_ONCE // count)
-    parts = []
     for start in range(0, resamples, rows):
-        weights = random.multinomial(count, shares, size=min(rows, resamples - start))  # [rows, G]
-        parts.append(weights.astype(np.float64) @ columns)
-    return np.concatenate(parts)
+        yield random.multinomial(count, shares, size=min(rows, resamples - start)).astype(np.float64)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .clusters import Array, resampled_sums, resamples_for, sum_by_group
+from .bca import bca_interval
+from .clusters import Array, sum_by_group
 from .rate import clustered_rate
 
 Labels = NDArray[np.int64]
-
-_JACKKNIFE_BLOCKS = 100
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,10 @@ def macro_f1(reference: Labels, answer: Labels) -> float:
 def macro_f1_interval(answers: Answers, alpha: float, fail_alpha: float) -> tuple[float, float]:
     """Bound macro-F1(before) - macro-F1(after) over groups: (lower at `fail_alpha`, upper at `alpha`).
 
-    Source: Efron 1987, JASA 82:171-185 (BCa). We differ: the acceleration comes from a grouped jackknife of 100 blocks.
+    Source: Efron 1987, JASA 82:171-185 (BCa).
     """
     columns = _columns(answers)
-    resamples = resamples_for(min(alpha, fail_alpha))
-    draws = np.sort(_loss(resampled_sums(columns, resamples)))
-    loss = float(_loss(columns.sum(axis=0)))
-    bias = _normal_rank(draws, loss)
-    acceleration = _acceleration(columns)
-    lower = _corrected_quantile(draws, bias, acceleration, fail_alpha)
-    return lower, _corrected_quantile(draws, bias, acceleration, 1 - alpha)
+    return bca_interval(lambda weights: _loss(weights @ columns), len(columns), alpha, fail_alpha)
 
 
 def few_changes_interval(answers: Answers, alpha: float, fail_alpha: float) -> tuple[float, float]:
@@ -120,36 +113,3 @@ def _loss(totals: Array) -> Array:
 def _scores(references: Array, answers: Array, hits: Array) -> Array:
     """Return F1 per class, 0 for a class that a resample holds no trace of."""
     return 2 * hits / np.maximum(references + answers, 1)
-
-
-def _acceleration(columns: Array) -> float:
-    """Return the skewness of the loss's influence, over 6, from leaving out one block of groups at a time."""
-    shuffled = np.random.default_rng(0).permutation(len(columns))  # items may come in an order of their own
-    blocks = shuffled % min(_JACKKNIFE_BLOCKS, len(columns))
-    left_out = np.zeros((int(blocks.max()) + 1, columns.shape[1]))
-    np.add.at(left_out, blocks, columns)
-    losses = _loss(columns.sum(axis=0) - left_out)
-    influence = losses.mean() - losses
-    spread = float(np.sum(influence**2))
-    return float(np.sum(influence**3)) / (6 * spread**1.5) if spread > 0 else 0.0
-
-
-def _normal_rank(draws: Array, loss: float) -> float:
-    """Return the normal quantile of the share of draws below the loss, ties counted half."""
-    from scipy.special import ndtri
-
-    share = (np.searchsorted(draws, loss, "left") + np.searchsorted(draws, loss, "right")) / (2 * len(draws))
-    return float(ndtri(np.clip(share, 1 / (len(draws) + 1), len(draws) / (len(draws) + 1))))
-
-
-def _corrected_quantile(draws: Array, bias: float, acceleration: float, level: float) -> float:
-    """Return the draw at `level`, corrected for bias and acceleration (Efron 1987)."""
-    from scipy.special import ndtr, ndtri
-
-    shifted = bias + float(ndtri(level))
-    stretch = 1 - acceleration * shifted
-    if stretch <= 0:  # the correction has a pole: take the extreme draw of that side
-        return float(draws[0 if level < 0.5 else -1])
-    rank = float(ndtr(bias + shifted / stretch)) * (len(draws) + 1)
-    outward = math.floor(rank) if level < 0.5 else math.ceil(rank)
-    return float(draws[min(max(outward, 1), len(draws)) - 1])

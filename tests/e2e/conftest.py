@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .projects import QUICKSTART, Project, write_classifier_project, write_decoder_project
+from .projects import QUICKSTART, Project, write_classifier_project, write_decoder_project, write_embedder_project
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,15 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("classifier")
     write_classifier_project(folder / "project")
     return finished(folder / "project" / "recipe.yaml", folder)
+
+
+@pytest.fixture(scope="session")
+def embedder_source(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("embedder")
+    write_embedder_project(folder / "project")
+    return Project(folder / "project" / "recipe.yaml", folder / "store", folder / "out")
+
+
+@pytest.fixture(scope="session")
+def embedder(embedder_source: Project) -> Finished:
+    return Finished(embedder_source, embedder_source.run())

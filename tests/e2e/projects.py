@@ -52,6 +52,23 @@ passes:
   - quantize_rtn: {format: int8}
   - export_onnx
 """
+EMBEDDER_RECIPE = """\
+name: tiny-embedder
+model: model
+target: {device: cpu, threads: 1}
+data:
+  pairs: {json: pairs.jsonl, text: one, pair: two, score: gold}
+  texts: {json: texts.jsonl}
+evaluate:
+  people: {task: similarity, data: pairs, context: 32}
+  source: {task: similarity, data: texts, context: 32}
+gate:
+  people: {max_drop: 10pt}
+  source: {max_drop: 5pt}
+passes:
+  - quantize_rtn: {format: int8}
+  - export_onnx
+"""
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,51 @@ def write_classifier_project(folder: Path, items: int = 200) -> None:
     with (folder / "test.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "mood"), *zip(texts, (LABELS[label] for label in labels), strict=True)])
     (folder / "recipe.yaml").write_text(CLASSIFIER_RECIPE, encoding="utf-8")
+
+
+def write_embedder_project(folder: Path, items: int = 520) -> None:
+    """Write a BERT of two layers with sentence-transformers files, scored pairs, texts and a recipe."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = write_tokenizer(folder / "model", documents(200, seed=1))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=tokens,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(folder / "model")
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds.items()]
+    (folder / "model" / "1_Pooling").mkdir()
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": {"max_seq_length": 24},
+    }
+    for name, content in files.items():
+        (folder / "model" / name).write_text(json.dumps(content), encoding="utf-8")
+    write_texts(folder / "texts.jsonl", documents(2 * items))
+    _write_pairs(folder / "pairs.jsonl", items)
+    (folder / "recipe.yaml").write_text(EMBEDDER_RECIPE, encoding="utf-8")
+
+
+def _write_pairs(path: Path, items: int) -> None:
+    """Write pairs of texts that share some of their words; the score is how many."""
+    chance, rows = random.Random(2), []
+    for _ in range(items):
+        words = chance.choices(WORDS, k=20)
+        kept = chance.randint(0, 20)
+        rows.append(
+            {"one": " ".join(words), "two": " ".join(words[:kept] + chance.choices(WORDS, k=20 - kept)), "gold": kept}
+        )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _clear_cases(module: Any, folder: Path, texts: Sequence[str], count: int) -> tuple[list[str], list[int]]:

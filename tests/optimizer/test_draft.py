@@ -10,21 +10,27 @@ from optimizer.errors import CannotRun, RecipeError
 from optimizer.recipe import load
 
 
-def write_model(folder: Path, architecture: str) -> Path:
+def write_model(folder: Path, architecture: str, **config: object) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], "max_position_embeddings": 256}))
+    content = {"architectures": [architecture], "max_position_embeddings": 256, **config}
+    (folder / "config.json").write_text(json.dumps(content))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tasks"),
-    [("LlamaForCausalLM", ["perplexity", "agreement"]), ("BertForSequenceClassification", ["accuracy"])],
+    ("architecture", "labels", "tasks"),
+    [
+        ("LlamaForCausalLM", 0, ["perplexity", "agreement"]),
+        ("BertForSequenceClassification", 2, ["accuracy"]),
+        ("BertForSequenceClassification", 1, ["similarity"]),
+        ("BertModel", 0, ["similarity"]),
+    ],
 )
 def test_drafted_recipe_is_right_once_its_data_is_there(
-    architecture: str, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, labels: int, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "Toy Model", architecture)
+    write_model(tmp_path / "Toy Model", architecture, num_labels=labels)
     assert main(["init", "Toy Model", "--output", "new.yaml"]) == 0
     with pytest.raises(RecipeError, match=r"new\.yaml:10:11: data\.held_out\.json: no such file"):
         load("new.yaml")
@@ -50,8 +56,10 @@ def test_draft_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_draft_refuses_an_architecture_it_has_no_recipe_for() -> None:
-    with pytest.raises(CannotRun, match=r"names the architecture T5Model, expected \.\.\.ForCausalLM or"):
-        draft("org/model", {"architectures": ["T5Model"]}, installed())
+    with pytest.raises(
+        CannotRun, match=r"org/model: config\.json: BertForMaskedLM cannot be lowered; expected a \.\.\.For"
+    ):
+        draft("org/model", {"architectures": ["BertForMaskedLM"]}, installed())
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

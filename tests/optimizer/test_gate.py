@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from optimizer.evidence import Evidence, Question
 from optimizer.gate import Budget, Scores, Verdict, _decide, judge
+from optimizer.statistics.spearman import spearman
 
 POINT = Budget("accuracy", 0.01)
 TWO_POINTS = Budget("accuracy", 0.02)
@@ -334,6 +335,68 @@ def test_macro_f1_needs_five_items_of_each_class() -> None:
     verdict = judge(source, candidate, Budget("f1", 0.5))
     assert verdict.reason.startswith("a class has 4 reference items; 5 needed for macro-F1")
     assert (verdict.outcome, verdict.items_needed) == ("inconclusive", 1000)
+
+
+def ordered(n: int, noise: float, gold: bool = True) -> tuple[Scores, Scores]:
+    """A source that follows the scores of people, or is followed itself, and a candidate with `noise` added."""
+    random = np.random.default_rng(3)
+    before = random.normal(size=n)
+    after = before + noise * random.normal(size=n)
+    reference = before + 0.6 * random.normal(size=n) if gold else before
+    return tuple(  # type: ignore[return-value]
+        scores("spearman", spearman(reference, answer), reference=reference, answer=answer)
+        for answer in (before, after)
+    )
+
+
+@pytest.mark.parametrize(
+    ("gold", "noise", "outcome"),
+    [
+        (True, 0.02, "pass"),
+        (True, 0.12, "inconclusive"),
+        (True, 0.6, "fail"),
+        (False, 0.02, "pass"),
+        (False, 0.15, "inconclusive"),
+        (False, 0.6, "fail"),
+    ],
+)
+def test_a_lost_order_of_similarities_is_judged_on_the_whole_record(gold: bool, noise: float, outcome: str) -> None:
+    verdict = judge(*ordered(1000, noise, gold), Budget("spearman", 0.011))
+    assert verdict.outcome == outcome
+    assert verdict.lower < verdict.difference < verdict.upper
+    assert (verdict.items_needed is None) == (outcome != "inconclusive")
+
+
+def test_a_rank_correlation_needs_five_hundred_items() -> None:
+    verdict = judge(*ordered(499, 0.02), Budget("spearman", 0.05))
+    assert (verdict.outcome, verdict.reason) == ("inconclusive", "499 items; 500 needed for a rank correlation")
+    assert judge(*ordered(500, 0.02), Budget("spearman", 0.05)).outcome == "pass"
+
+
+def test_an_unchanged_order_passes_only_where_so_many_items_could_not_hide_the_loss() -> None:
+    # At most 3 of n items changed (5 %), each at most about 9 / n.
+    verdict = judge(*ordered(3000, 0.0), Budget("spearman", 0.01))
+    assert (verdict.outcome, verdict.difference, verdict.flags) == ("pass", 0.0, ("few changes",))
+    verdict = judge(*ordered(1000, 0.0), Budget("spearman", 0.01))
+    assert verdict.outcome == "inconclusive"
+    assert judge(*ordered(verdict.items_needed or 0, 0.0), Budget("spearman", 0.01)).outcome == "pass"
+
+
+def test_a_candidate_that_orders_nothing_fails() -> None:
+    source, candidate = ordered(1000, 0.1)
+    constant = replace(candidate, values={**candidate.values, "answer": np.zeros(1000)}, point=math.nan)
+    verdict = judge(source, constant, Budget("spearman", 0.5))
+    assert (verdict.outcome, verdict.flags) == ("fail", ("not a number",))
+
+
+def test_a_source_that_orders_nothing_is_flagged() -> None:
+    source, candidate = ordered(1000, 0.1)
+    shuffled = np.random.default_rng(1).permutation(source.values["reference"])
+    source, candidate = (
+        replace(each, values={**each.values, "reference": shuffled}, point=spearman(shuffled, each.values["answer"]))
+        for each in (source, candidate)
+    )
+    assert "near chance" in judge(source, candidate, Budget("spearman", 0.05)).flags
 
 
 def test_a_relative_f1_budget_is_a_share_of_the_sources_f1() -> None:

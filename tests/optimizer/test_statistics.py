@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, rankdata, spearmanr
 from sklearn.metrics import f1_score
 
-from optimizer.statistics import clusters, macro_f1, paired, rate, ratio
+from optimizer.statistics import bca, clusters, macro_f1, paired, rate, ratio, spearman
 
 ALPHA = 0.05
 BISECTION = 3e-6  # bounds are bisected to 2e-6
@@ -342,3 +342,102 @@ def test_few_changes_are_bounded_on_both_sides() -> None:
     lower, upper = macro_f1.few_changes_interval(sample, ALPHA, ALPHA)
     assert lower < 0
     assert 0.003 < upper < 0.012  # three changes: at most 7.8 by Clopper-Pearson, each about 1 / 1000
+
+
+# ---- rank correlation
+
+
+def orders(n: int, noise: float, seed: int = 0, source_noise: float = 0.6) -> spearman.Orders:
+    """Scores of people, a source that follows them (about 0.84), and a candidate that follows the source."""
+    random = np.random.default_rng(seed)
+    reference = random.normal(size=n)
+    before = reference + source_noise * random.normal(size=n)
+    after = before + noise * random.normal(size=n)
+    return spearman.Orders(np.round(4 * reference), before, after, tuple(map(str, range(n))))  # people's scores tie
+
+
+def lost(sample: spearman.Orders) -> float:
+    return spearman.spearman(sample.reference, sample.before) - spearman.spearman(sample.reference, sample.after)
+
+
+def test_spearman_is_scipys_with_ties() -> None:
+    sample = orders(300, 0.1)
+    assert spearman.spearman(sample.reference, sample.after) == pytest.approx(
+        spearmanr(sample.reference, sample.after).statistic, abs=1e-12
+    )
+
+
+def test_spearman_by_hand() -> None:
+    # d = 0, 1, -1, 0: 1 - 6 * 2 / (4 * 15)
+    assert spearman.spearman(np.array([1.0, 2, 3, 4]), np.array([10.0, 30, 20, 40])) == pytest.approx(0.8, abs=1e-15)
+
+
+@pytest.mark.parametrize("answer", [[1.0, 1.0, 1.0], [1.0, np.nan, 2.0], [1.0, np.inf, 2.0]])
+def test_what_orders_nothing_has_no_correlation(answer: list[float]) -> None:
+    assert math.isnan(spearman.spearman(np.array([1.0, 2.0, 3.0]), np.array(answer)))
+
+
+def test_a_weight_counts_as_so_many_items() -> None:
+    # What every resample rests on: ranks under weights are the ranks of the items written out.
+    random = np.random.default_rng(5)
+    values, weights = np.round(random.normal(size=40), 1), random.integers(0, 4, 40)
+    written_out = rankdata(np.repeat(values, weights))
+    ranks = spearman._Ranked(values).ranks(weights[None].astype(float))[0]
+    assert np.repeat(ranks, weights) == pytest.approx(written_out, abs=1e-9)
+
+
+def test_the_spearman_interval_is_scipys_bca() -> None:
+    sample = orders(600, 0.2)
+    _, upper = spearman.spearman_interval(sample, ALPHA, 0.01)  # 2,000 resamples
+
+    def loss(items: NDArray[np.int64]) -> float:
+        before, after = (spearmanr(sample.reference[items], values[items]) for values in (sample.before, sample.after))
+        return float(before.statistic - after.statistic)
+
+    theirs = bootstrap(
+        (np.arange(600),), loss, vectorized=False, n_resamples=1999, method="BCa", confidence_level=0.9, rng=1
+    )
+    # Quantiles of 1,999 draws wobble by 0.05 deviations, theirs and ours.
+    assert upper == pytest.approx(theirs.confidence_interval.high, abs=0.2 * theirs.standard_error)
+
+
+def test_the_spearman_interval_narrows_with_items_and_widens_with_groups() -> None:
+    small, large = orders(600, 0.2), orders(2400, 0.2)
+    widths = [np.ptp(spearman.spearman_interval(sample, ALPHA, ALPHA)) for sample in (small, large)]
+    assert widths[0] / widths[1] == pytest.approx(2, rel=0.25)  # four times the items
+    copies = [np.repeat(values, 4) for values in (small.reference, small.before, small.after)]
+    tied = spearman.Orders(*copies, tuple(np.repeat(np.arange(600), 4).astype(str)))
+    # Four copies of an item in one group say no more than the item.
+    assert np.ptp(spearman.spearman_interval(tied, ALPHA, ALPHA)) == pytest.approx(widths[0], rel=0.1)
+
+
+def test_spearman_bounds_hold_their_level() -> None:
+    population = lost(orders(400_000, 0.35, seed=99))  # what the samples are drawn from, to about 0.0003
+    bounds = [spearman.spearman_interval(orders(500, 0.35, seed), 0.2, 0.2) for seed in range(60)]
+    for misses in (sum(upper <= population for _, upper in bounds), sum(lower > population for lower, _ in bounds)):
+        assert 4 <= misses <= 21  # 12 expected of 60; binomial at 20 %: within with probability 0.993
+
+
+def test_a_resample_without_a_number_gives_no_bounds() -> None:
+    constant = spearman.Orders(np.arange(600.0), np.arange(600.0), np.zeros(600), tuple(map(str, range(600))))
+    assert all(math.isnan(bound) for bound in spearman.spearman_interval(constant, ALPHA, ALPHA))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_move_of_one_item_costs_more_than_the_worst(seed: int) -> None:
+    reference = np.array([1.0, 1, 2, 3, 3, 3, 5, 8])
+    answer = np.arange(8.0) if seed == 0 else np.random.default_rng(seed).permutation(8).astype(float)
+    start = spearman.spearman(reference, answer)
+    moved = [np.where(np.arange(8) == item, to, answer) for item in range(8) for to in np.arange(-0.5, 8)]
+    worst = max(start - spearman.spearman(reference, values) for values in moved)
+    bound = spearman.worst_loss_per_move(reference, answer)
+    assert worst <= bound
+    assert seed > 0 or bound < 2 * worst  # where the order is right it is no idle bound
+
+
+def test_bca_of_a_mean_is_the_normal_interval() -> None:
+    # A symmetric mean has neither bias nor acceleration: z standard errors to each side.
+    values = np.linspace(-1, 1, 2001)
+    lower, upper = bca.bca_interval(lambda weights: weights @ values / weights.sum(axis=1), 2001, ALPHA, ALPHA)
+    expected = 1.645 * values.std() / math.sqrt(2001)
+    assert (-lower, upper) == pytest.approx((expected, expected), rel=0.08)  # quantiles of 1,999 draws

@@ -13,7 +13,10 @@ from passes.base import TORCH, Model
 
 
 class FakeScorer:
-    """Answers item i with logits[i]: [tokens, V] of a decoder, [labels] of a classifier; counts its passes."""
+    """Answers item i with logits[i]: [tokens, V] of a decoder, [labels] of a classifier, [width] of an embedder.
+
+    An embedder is asked for distinct texts, in the order in which they first appear. Counts its passes.
+    """
 
     def __init__(self, logits, kind="decoder", rows=2):
         self.answers = [np.asarray(answer, np.float32) for answer in logits]
@@ -28,6 +31,10 @@ class FakeScorer:
     def classify(self, items):
         self.passes += 1
         return np.stack(self.answers)
+
+    def embed(self, items):
+        assert len({item.ids for item in items}) == len(items) == len(self.answers)
+        return self.classify(items)
 
 
 def documents(*ids):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,34 @@ def split_constant(node: ir.Node) -> tuple[ir.Value, ir.Value]:
         ):
             return computed, fixed
     raise Refusal(f"{node.name} does not join a computed value and a constant")
+
+
+def is_read_elsewhere(value: ir.Value, readers: Collection[ir.Node]) -> bool:
+    """Return whether the graph's outputs or any node but `readers` use a value."""
+    return value.is_graph_output() or any(use.node not in readers for use in value.uses())
+
+
+def split_bias(value: ir.Value, readers: Collection[ir.Node]) -> tuple[ir.Value, ir.Value]:
+    """Return what a bias [N] is added to, and the bias; refuse where any node but `readers` uses the sum."""
+    addition = made_by(value, "Add")
+    require(not is_read_elsewhere(value, readers), f"{value.name} is used elsewhere")
+    product, bias = split_constant(addition)
+    assert bias.const_value is not None
+    shape = extents(bias.const_value)
+    require(len(shape) == 1, f"{bias.name} of shape {list(shape)} is no vector")
+    width = _width(product)
+    require(width == shape[0], f"{bias.name} has {shape[0]} numbers, {product.name} is {width} wide")
+    return product, bias
+
+
+def _width(value: ir.Value) -> int | str | None:
+    """Return the last extent of a value; shape inference leaves it out behind products with a known weight."""
+    if value.shape is not None:
+        last = value.shape[-1]
+        return last if isinstance(last, int) else last.value
+    node = value.producer()
+    weight = node.inputs[1] if node is not None and node.op_type == "MatMul" else None
+    return None if weight is None or weight.const_value is None else extents(weight.const_value)[-1]
 
 
 def axes(value: ir.Value | None, rank: int) -> tuple[int | str | None, ...]:

@@ -51,6 +51,11 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": False, "use_sliding_window": False}),
     "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
     "mistral-at-rest": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0},
+    ),
+    "phi": ("PhiForCausalLM", {**DECODER, "num_key_value_heads": 4}),
     "bert": ("BertForSequenceClassification", ENCODER),
     "bert-embedder": ("BertModel", ENCODER),
     "bert-masked": ("BertForMaskedLM", ENCODER),

@@ -265,14 +265,19 @@ class _RecipeReader:
             return self.reader.mistake(chosen, join(where, "task"), f"unknown task {name!r}{suggest(name, known)}")
         task = self.reader.record(node, known[name], where, {"task": lambda *_: name})
         if task is not BAD and "data" in entries:
-            self._check_labels(task, entries["data"].value, join(where, "data"))
+            self._check_columns(name, task, entries["data"].value, join(where, "data"))
         return task
 
-    def _check_labels(self, task: Task, node: Node, where: str) -> None:
-        """Record that a task needs labels and its data names no column with them."""
+    def _check_columns(self, name: str, task: Task, node: Node, where: str) -> None:
+        """Record that a task needs labels and its data names no column with them, or that it would leave out a text."""
         source = self.data.get(task.data, BAD)
-        if getattr(task, "needs_labels", False) and source is not BAD and source.label is None:
+        if source is BAD:
+            return
+        if getattr(task, "needs_labels", False) and source.label is None:
             message = f"data.{task.data} names no column of labels, expected `label: COLUMN` there"
+            self.reader.mistake(node, where, message)
+        if source.pair is not None and not getattr(task, "reads_pairs", False):
+            message = f"data.{task.data} names a second text (pair), expected one text: {name} reads no more"
             self.reader.mistake(node, where, message)
 
     def _gate(self, node: Node, where: str) -> Any:

@@ -54,6 +54,7 @@ class Similarity:
     budget: ClassVar[type[SimilarityBudget]] = SimilarityBudget
     kinds: ClassVar[tuple[str, ...]] = ("embedder", "reranker")
     needs_labels: ClassVar[bool] = False
+    reads_pairs: ClassVar[bool] = True
 
     data: str = field(metadata={"help": "entry of `data` that holds the texts", "names": "data"})
     context: int = field(default=512, metadata={"help": "tokens of a text that are read", "ge": 2})

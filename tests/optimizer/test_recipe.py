@@ -134,7 +134,7 @@ WRONG = {
     "missing task": (
         "task: agreement, ",
         "",
-        "8:9: evaluate.same: missing key 'task', expected one of perplexity, classification, agreement",
+        "8:9: evaluate.same: missing key 'task', expected one of perplexity, classification, agreement, similarity",
     ),
     "data without its entry": (
         "perplexity, data: held_out",
@@ -270,6 +270,29 @@ def test_drop_without_unit_names_the_two_units(folder: Path) -> None:
         "recipe.yaml:11:19: gate.ppl.max_drop: got 1, "
         "expected a drop such as 1pt (percentage points) or 1% (of the source's score)"
     ]
+
+
+def test_a_second_text_that_a_task_does_not_read_is_a_mistake(folder: Path) -> None:
+    text = LABELLED.replace(", label: topic", ", label: topic, pair: answer").replace("increase: 1%", "drop: 1pt")
+    reads = "data.held_out names a second text (pair), expected one text"
+    agreement = f"recipe.yaml:8:33: evaluate.same.data: {reads}: agreement reads no more"
+    assert mistakes(text, folder) == [
+        f"recipe.yaml:7:37: evaluate.ppl.data: {reads}: classification reads no more",
+        agreement,
+    ]
+    assert mistakes(text.replace("task: classification", "task: similarity"), folder) == [agreement]
+
+
+def test_scores_of_pairs_need_pairs(folder: Path) -> None:
+    (mistake,) = mistakes(
+        LABELLED.replace(", label: topic", ", score: topic")
+        .replace("increase: 1%", "drop: 1pt")
+        .replace("task: classification", "task: similarity"),
+        folder,
+    )
+    assert mistake.endswith(
+        "data.held_out.score: got 'topic' and no pair, expected `pair: COLUMN` with the second text"
+    )
 
 
 def test_classification_of_data_without_labels_is_a_mistake(folder: Path) -> None:

@@ -7,6 +7,7 @@ from optimizer.catalogue import Catalogue
 from optimizer.evaluate.agreement import Agreement
 from optimizer.evaluate.classification import Classification
 from optimizer.evaluate.perplexity import Perplexity
+from optimizer.evaluate.similarity import Similarity
 from passes.base import ONNX, TORCH, Estimate, Model, Pass, PassError, Stage
 
 
@@ -52,7 +53,12 @@ class FuseToy(Pass):
 
 CHOICES = Catalogue(
     passes={"quantize_toy": QuantizeToy, "export_toy": ExportToy, "fuse_toy": FuseToy},
-    tasks={"perplexity": Perplexity, "classification": Classification, "agreement": Agreement},
+    tasks={
+        "perplexity": Perplexity,
+        "classification": Classification,
+        "agreement": Agreement,
+        "similarity": Similarity,
+    },
 )
 
 RIGHT = """\

@@ -92,8 +92,7 @@ def build(name: str, steps: str, model: Path, work: Path) -> Path:
 
 def measure(name: str, artifact: Path, corpus: Texts, queries: Texts) -> Measured:
     """Embed all texts and look up every query."""
-    embedder = TextEmbedder.load(artifact)
-    documents, asked = embedder.embed(corpus.texts), embedder.embed(queries.texts)
+    documents, asked = (embed(artifact, each.texts) for each in (corpus, queries))
     size = sum((artifact / file).stat().st_size for file in ("model.onnx", "model.onnx.data"))
     hits = np.concatenate(
         [
@@ -103,6 +102,16 @@ def measure(name: str, artifact: Path, corpus: Texts, queries: Texts) -> Measure
         ]
     )
     return Measured(name, size / 1e6, asked, hits)
+
+
+def embed(artifact: Path, texts: Sequence[str]) -> Vectors:
+    """Return the vectors of texts; those that this artifact made of them before are read from beside it."""
+    embedder = TextEmbedder.load(artifact)
+    name = hashlib.sha256("\0".join([embedder.manifest.digest, *texts]).encode()).hexdigest()[:16]
+    path = artifact.with_name(f"{artifact.name}-{name}.npy")
+    if not path.exists():
+        np.save(path, embedder.embed(texts), allow_pickle=False)
+    return np.asarray(np.load(path, allow_pickle=False), np.float32)
 
 
 def nearest(documents: Vectors, queries: Vectors) -> NDArray[np.int64]:

@@ -33,6 +33,16 @@ _BOOLEANS: Mapping[str, Mode] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 """In the order in which several of them are put side by side."""
+_PLAIN: Mapping[str, Any] = {
+    "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings",
+    "modality_config.text": {"method": "forward", "method_output_name": "last_hidden_state"},
+    "processing_kwargs": None,
+    "query_length": None,
+    "document_length": None,
+    "query_expansion": None,
+}
+"""Settings of the Transformer module that change vectors, and the only values that can be lowered."""
 _PACKAGE = "sentence_transformers."
 _UNLIMITED = 1_000_000  # transformers writes 1e30 for "no limit"
 
@@ -83,6 +93,7 @@ def sentence_settings(folder: Path, config: Mapping[str, Any]) -> SentenceSettin
     if modules[0][1]:
         raise PassError(f"{folder / MODULES}: Transformer lies in {modules[0][1]!r}, expected the folder itself")
     settings = _read(folder / SETTINGS)
+    _require_plain(folder / SETTINGS, settings)
     prompts, default = _prompts(folder / PROMPTS)
     return SentenceSettings(
         pooling=_modes(folder / modules[1][1] / "config.json", has_prompts=any(prompts.values())),
@@ -186,6 +197,16 @@ def _modes(path: Path, *, has_prompts: bool) -> tuple[Mode, ...]:
     if has_prompts and content.get("include_prompt", True) is not True:
         raise PassError(f"{path}: include_prompt: got false, expected true; prompts are pooled with their text")
     return tuple(modes)
+
+
+def _require_plain(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a Transformer module that reads texts, or answers, in a way of its own."""
+    modalities = settings.get("modality_config")
+    text = modalities.get("text") if isinstance(modalities, dict) else None
+    found = {**settings, "modality_config.text": text}
+    for key, plain in _PLAIN.items():
+        if found.get(key) not in (None, {}, plain):
+            raise PassError(f"{path}: {key}: got {found[key]!r:.60}, expected {plain or 'nothing'}")
 
 
 def _is_plain_normalize(path: Path) -> Literal[True]:

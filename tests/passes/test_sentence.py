@@ -75,6 +75,14 @@ def test_every_setting_is_read_from_the_file_it_stands_in(tmp_path: Path) -> Non
     ]
 
 
+def test_settings_that_newer_versions_write_are_known(tmp_path: Path) -> None:
+    write_sentence_files(tmp_path, embedding_dimension=8, pooling_mode="mean", include_prompt=True)
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    newer = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
+    write_json(tmp_path / "sentence_bert_config.json", {**newer, "modality_config": {"text": text}})
+    require_sentence(tmp_path, EMBEDDER)
+
+
 def test_context_is_the_least_of_what_files_of_an_encoder_say(tmp_path: Path) -> None:
     assert context_length(tmp_path, EMBEDDER) == 512
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 1e30})
@@ -116,6 +124,11 @@ def file(name: str, content: Any) -> Callable[[Path], None]:
         (file("1_Pooling/config.json", {"word_embedding_dimension": 9}), "got vectors of 9 numbers, expected 8"),
         (file("2_Normalize/config.json", {"module_input_name": "token_embeddings"}), "module_input_name: got 'token"),
         (file("sentence_bert_config.json", {"max_seq_length": 0}), "max_seq_length: got 0, expected a whole number"),
+        (file("sentence_bert_config.json", {"query_length": 32}), "query_length: got 32, expected nothing"),
+        (
+            file("sentence_bert_config.json", {"modality_config": {"text": {"method": "get_text_features"}}}),
+            "modality_config.text: got {'method': 'get_text_features'}, expected {'method': 'forward'",
+        ),
         (file("config_sentence_transformers.json", {"prompts": ["x"]}), "prompts: got ['x'], expected texts by name"),
         (file("config_sentence_transformers.json", {"default_prompt_name": "q"}), "default_prompt_name: got 'q'"),
     ],

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.errors import CannotRun
+from optimizer.evaluate.calibration import Calibration, load_calibration
 from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
@@ -95,6 +96,7 @@ class _Chain:
         model: as the last pass left it.
         key: names all that decided it.
         items: of each evaluation.
+        calibration: of each pass, the token ids it is shown.
         source_results: scores of the untouched model.
         results: scores of the model as it is now.
         scored: how those were come by.
@@ -109,6 +111,7 @@ class _Chain:
     model: Model
     key: str
     items: Mapping[str, list[Item]]
+    calibration: Mapping[Pass, Calibration]
     source_results: Results
     results: Results
     scored: Scored
@@ -123,9 +126,15 @@ class _Chain:
             check_finite(source, store, progress)
         reader = TextReader.of(source.model.assets, source.model.config)
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
+        calibration = {
+            each: load_calibration(each, f"passes.{number}.{each.name()}", recipe.data, reader, items)
+            for number, each in enumerate(recipe.passes)
+        }
         threads = recipe.target.threads or default_threads()
         key = fingerprint(source_identity(source, store))
-        chain = cls(recipe, store, told, source, threads, reader, source.model, key, items, {}, {}, Scored())
+        chain = cls(
+            recipe, store, told, source, threads, reader, source.model, key, items, calibration, {}, {}, Scored()
+        )
         chain._score("source")
         chain.source_results = chain.results
         chain._require_judgeable()
@@ -154,12 +163,14 @@ class _Chain:
     def package(self, folder: Path, done: Run) -> str:
         """Write the artifact and return its identity."""
         steps = zip(self.recipe.passes, done.steps[1:], strict=True)
-        ran = [(each.name(), _options(each)) for each, step in steps if not step.is_skipped]
+        taken = [each for each, step in steps if not step.is_skipped]
+        ran = [(each.name(), _options(each)) for each in taken]
         inputs = {
             "source": source_identity(self.source, self.store),
             "passes": [{name: options} for name, options in ran],
             "evaluate": {name: task.identity() for name, task in self.recipe.evaluate.items()},
             "items": {name: items_hash(items, 0) for name, items in sorted(self.items.items())},
+            "calibration": [{each.name(): shown} for each in taken if (shown := _hashes(self.calibration[each]))],
             "seed": SEED,
             "threads": self.threads,
         }
@@ -175,7 +186,8 @@ class _Chain:
         return write_artifact(folder, self.source, self.model, contents).digest
 
     def _step(self, each: Pass) -> Step:
-        key = fingerprint([self.key, _pass_identity(each), self.threads, SEED, versions(), machine()])
+        shown = _hashes(self.calibration[each])
+        key = fingerprint([self.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
         try:
             with self.told.progress(each.name()) as progress:
                 entry = self.store.get_or_build(key, lambda folder: self._run(each, folder, progress))
@@ -207,7 +219,8 @@ class _Chain:
         torch.set_num_threads(self.threads)
         _give_back_freed_memory()
         torch.manual_seed(SEED)
-        context = Context(folder, self.source.model, self.recipe.target.device, self.threads, SEED, progress)
+        device, calibration = self.recipe.target.device, self.calibration[each]
+        context = Context(folder, self.source.model, device, self.threads, SEED, progress, calibration)
         with _quiet_libraries():
             each.requires(self.model)
             result = each.run(self.model, context)
@@ -339,6 +352,11 @@ def scoring_code() -> str:
     files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
     walk = source_fingerprint(Path(passes.__path__[0]) / "_walk.py")
     return fingerprint([walk, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}])
+
+
+def _hashes(calibration: Calibration) -> dict[str, str]:
+    """Return entry of `data` -> hash of the token ids."""
+    return {name: items_hash([Item(ids, "") for ids in texts], 0) for name, texts in sorted(calibration.items())}
 
 
 def _options(each: Pass) -> dict[str, Any]:

@@ -6,23 +6,21 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from passes._match import insert, joined, made_by, require
+from passes._match import insert, joined, made_by, other, require
 
 
 def pack_linears(graph: ir.Model, outputs: Sequence[ir.Value], name: str) -> ir.Value:
     """Return one value that holds the given linear outputs side by side on the last axis.
 
-    Each output is made by MatMulNBits, by MatMul, or by MatMul and an addition of a bias. Nothing is removed: the old
-    nodes lose their use.
+    Each output is made by MatMulNBits, MatMulIntegerToFloat or MatMul; by one of them and a multiplication by the range
+    of each row; or by one of those and an addition of a bias. Nothing is removed: the old nodes lose their use.
 
     Raises:
         Refusal: the layers differ in input, kind, format or bias.
     """
-    nodes = [made_by(value, "MatMulNBits", "MatMul", "Add") for value in outputs]
+    nodes = [made_by(value, *_PACKERS) for value in outputs]
     require(len({node.op_type for node in nodes}) == 1, f"{name}: the layers are of different kinds")
-    if nodes[0].op_type == "Add":
-        return _pack_biased(graph, nodes, name)
-    return _pack_products(graph, nodes, name)
+    return _PACKERS[nodes[0].op_type](graph, nodes, name)
 
 
 def _pack_biased(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
@@ -33,39 +31,67 @@ def _pack_biased(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Val
         assert first is not None and second is not None
         product, bias = (second, first) if first.const_value is not None else (first, second)
         require(bias.const_value is not None, f"{name}: a bias is no constant")
-        products.append(made_by(product, "MatMul"))
+        made_by(product, "MatMul", "Mul")
+        products.append(product)
         biases.append(bias)
-    packed = _pack_products(graph, products, name)
-    addition = ir.node("Add", [packed, joined(graph, f"{name}.bias", biases, 0)])
-    graph.graph.insert_after(packed.producer(), addition)  # type: ignore[arg-type]
-    return addition.outputs[0]
+    packed = pack_linears(graph, products, name)
+    return _insert_after(graph, packed, ir.node("Add", [packed, joined(graph, f"{name}.bias", biases, 0)]))
+
+
+def _pack_ranged(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
+    products = []
+    for node in nodes:
+        product = next((v for v in node.inputs if v is not None and _makes_integer_product(v)), None)
+        require(product is not None, f"{name}: a multiplication follows no MatMulIntegerToFloat")
+        products.append(product)
+    ranges = [other(node, product) for node, product in zip(nodes, products, strict=True)]
+    require(all(each is ranges[0] for each in ranges), f"{name}: the layers do not share the ranges of their rows")
+    packed = pack_linears(graph, products, name)  # type: ignore[arg-type]
+    return _insert_after(graph, packed, ir.node("Mul", [packed, ranges[0]]))
 
 
 def _pack_products(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
-    require(len({id(node.inputs[0]) for node in nodes}) == 1, f"{name}: the layers do not share their input")
-    first = nodes[0]
-    if first.op_type == "MatMul":
-        weights = [node.inputs[1] for node in nodes]
-        inputs = [first.inputs[0], joined(graph, f"{name}.weight", weights, 1)]  # type: ignore[arg-type]
-        packed = ir.node("MatMul", inputs)
-    else:
-        packed = ir.node(
-            "MatMulNBits", _joined_nbits(graph, nodes, name), _nbits_attributes(nodes, name), domain=first.domain
-        )
-    earliest = min(nodes, key=list(graph.graph).index)
-    insert(graph, earliest, packed)
-    return packed.outputs[0]
+    _require_same(nodes, (0,), f"{name}: the layers do not share their input")
+    weights = [node.inputs[1] for node in nodes]
+    inputs = [nodes[0].inputs[0], joined(graph, f"{name}.weight", weights, 1)]  # type: ignore[arg-type]
+    return _insert(graph, nodes, ir.node("MatMul", inputs))
 
 
-def _joined_nbits(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> list[ir.Value | None]:
+def _pack_nbits(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
+    _require_same(nodes, (0,), f"{name}: the layers do not share their input")
+    leaves = ("input", "qweight", "scales", "zero_points", "g_idx", "bias")
+    inputs = _joined_inputs(graph, nodes, name, leaves, {1: 0, 2: 0, 3: 0, 4: 0, 5: 0})
+    attributes = _nbits_attributes(nodes, name)
+    return _insert(graph, nodes, ir.node("MatMulNBits", inputs, attributes, domain=nodes[0].domain))
+
+
+def _pack_integers(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
+    _require_same(nodes, (0, 2, 4), f"{name}: the layers do not share their input's integers, scale and zero point")
+    leaves = ("input", "weight", "input_scale", "scales", "input_zero_point", "zero_point", "bias")
+    inputs = _joined_inputs(graph, nodes, name, leaves, {1: 1, 3: 0, 6: 0})
+    return _insert(graph, nodes, ir.node("MatMulIntegerToFloat", inputs, domain=nodes[0].domain))
+
+
+_PACKERS = {
+    "MatMulNBits": _pack_nbits,
+    "MatMulIntegerToFloat": _pack_integers,
+    "MatMul": _pack_products,
+    "Mul": _pack_ranged,
+    "Add": _pack_biased,
+}
+
+
+def _joined_inputs(
+    graph: ir.Model, nodes: Sequence[ir.Node], name: str, leaves: Sequence[str], axes: dict[int, int]
+) -> list[ir.Value | None]:
+    """Return the inputs of the joined node: those at the places of `axes` side by side, the others as they are."""
     present = {tuple(value is not None for value in node.inputs) for node in nodes}
     require(len(present) == 1, f"{name}: some layers have zero points or biases and some have none")
-    leaves = ("input", "qweight", "scales", "zero_points", "g_idx", "bias")
-    inputs: list[ir.Value | None] = [nodes[0].inputs[0]]
-    for place in range(1, len(nodes[0].inputs)):
-        parts = [node.inputs[place] for node in nodes]
-        joins = None if parts[0] is None else joined(graph, f"{name}.{leaves[place]}", parts, 0)  # type: ignore[arg-type]
-        inputs.append(joins)
+    inputs = list(nodes[0].inputs)
+    for place, axis in axes.items():
+        if place < len(inputs) and inputs[place] is not None:
+            parts = [node.inputs[place] for node in nodes]
+            inputs[place] = joined(graph, f"{name}.{leaves[place]}", parts, axis)  # type: ignore[arg-type]
     return inputs
 
 
@@ -75,3 +101,22 @@ def _nbits_attributes(nodes: Sequence[ir.Node], name: str) -> dict[str, int]:
     ]
     require(all(form == formats[0] for form in formats), f"{name}: the layers are in different formats: {formats}")
     return {**formats[0], "N": sum(node.attributes.get_int("N") for node in nodes)}
+
+
+def _require_same(nodes: Sequence[ir.Node], places: Sequence[int], reason: str) -> None:
+    require(all(len({id(node.inputs[place]) for node in nodes}) == 1 for place in places), reason)
+
+
+def _makes_integer_product(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "MatMulIntegerToFloat"
+
+
+def _insert(graph: ir.Model, nodes: Sequence[ir.Node], packed: ir.Node) -> ir.Value:
+    insert(graph, min(nodes, key=list(graph.graph).index), packed)
+    return packed.outputs[0]
+
+
+def _insert_after(graph: ir.Model, value: ir.Value, node: ir.Node) -> ir.Value:
+    graph.graph.insert_after(value.producer(), node)  # type: ignore[arg-type]
+    return node.outputs[0]

@@ -17,10 +17,10 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from passes._graph import GRAPH
+from passes._exact import exact_graph
 from passes._kind import kind_of
 from passes._pooling import Pooling, encode, pooling_of
-from passes._quantized import QuantizedLinear
+from passes._quantized import IntegerLinear, QuantizedLinear
 from passes._walk import walk
 from passes.base import Context, Model
 
@@ -81,7 +81,7 @@ class Probe:
     def torch(self, module: PreTrainedModel, pooling: Pooling | None = None) -> Array:
         """Return the answer of a torch module, an embedder's pooled as `pooling` says."""
         for child in module.modules():
-            if isinstance(child, QuantizedLinear):
+            if isinstance(child, QuantizedLinear | IntegerLinear):
                 child.exact_activations = True
         if self.ids:
             logits: Array = module(input_ids=torch.tensor([self.ids]), use_cache=False).logits[0].numpy()
@@ -113,7 +113,7 @@ class GraphRunner:
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.folder, self.threads = folder, threads
-        self.graph = _exact_graph(folder)
+        self.graph = exact_graph(folder)
         self.inputs = {value.name: value for value in self.graph.graph.input}
 
     def decode(self, ids: Sequence[int], splits: Sequence[int]) -> Array:
@@ -209,13 +209,3 @@ def _parts(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:
         parts[-1].append(node)
         held += weight
     return parts
-
-
-def _exact_graph(folder: Path) -> onnx.ModelProto:
-    """Return the stage's graph without its weights, such that no MatMulNBits rounds its activations."""
-    model = onnx.load(folder / GRAPH, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
-                attribute.i = 0
-    return model

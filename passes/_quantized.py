@@ -1,4 +1,4 @@
-"""Quantized layers: modules that compute in torch as the kernel will, and know the ONNX node they lower to."""
+"""Quantized layers: modules that compute in torch as the kernel will, and know the ONNX nodes they lower to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from passes._formats import IntegerFormat, dequantize, quantize_activations, row_chunks
+from passes._formats import (
+    ChannelFormat,
+    IntegerFormat,
+    dequantize,
+    integer_product,
+    quantize_activations,
+    quantize_affine,
+    row_chunks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILE = "quantization.json"
+OPSET = 23
+"""Of the standard operators that layers lower to, and of the whole graph."""
+SMALLEST_RANGE = 1e-30
+"""Stands for the range of a row of zeros, which divides that row."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +36,24 @@ class LayerSpec:
 
     Attributes:
         format: the integers and scales of its weight.
-        activations: "int8" rounds the layer's input as MatMulNBits at accuracy level 4 does; "float" leaves it.
+        activations: how the layer's input is rounded. With an `IntegerFormat`: "int8" as MatMulNBits at accuracy level
+            4 does, "float" not at all. With a `ChannelFormat`, to uint8: "row" by the largest magnitude of each row,
+            "static" by one stored scale and zero point.
     """
 
-    format: IntegerFormat
-    activations: Literal["float", "int8"]
+    format: IntegerFormat | ChannelFormat
+    activations: Literal["float", "int8", "row", "static"]
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> LayerSpec:
         """Return the spec that `dataclasses.asdict` wrote."""
-        return cls(IntegerFormat(**content["format"]), content["activations"])
+        kind = ChannelFormat if content["activations"] in ("row", "static") else IntegerFormat
+        return cls(kind(**content["format"]), content["activations"])
+
+    def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return name -> (shape, dtype) of all that is stored in the place of a `[rows, features]` weight."""
+        static = {"input_scale": ((), "float32"), "input_zero_point": ((), "uint8")}
+        return self.format.shapes(rows, features) | (static if self.activations == "static" else {})
 
 
 @dataclass(frozen=True)
@@ -59,31 +79,39 @@ def write_specs(folder: Path, specs: Mapping[str, LayerSpec]) -> None:
 
 
 class _Quantized(nn.Module):
-    """A weight [N, M] as packed integers. `exact_activations` switches the simulation of int8 activations off."""
-
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor
+    """A weight [N, M] as integers. `exact_activations` switches the simulation of rounded activations off."""
 
     def __init__(self, rows: int, features: int, spec: LayerSpec) -> None:
         super().__init__()
         self.rows, self.features, self.spec = rows, features, spec
         self.exact_activations = False
-        for name, (shape, dtype) in spec.format.shapes(rows, features).items():
+        for name, (shape, dtype) in spec.shapes(rows, features).items():
             self.register_buffer(name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors that hold the weight."""
         return {name: getattr(self, name) for name in self.spec.format.shapes(self.rows, self.features)}
 
+
+class _Grouped(_Quantized):
+    """A weight in an `IntegerFormat`."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor
+
+    @property
+    def form(self) -> IntegerFormat:
+        """Return the format of the weight."""
+        assert isinstance(self.spec.format, IntegerFormat)
+        return self.spec.format
+
     def dequantized(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Return rows of the weight, float32 [R, M]."""
-        return dequantize(
-            {name: tensor[rows] for name, tensor in self.stored().items()}, self.spec.format, self.features
-        )
+        return dequantize({name: tensor[rows] for name, tensor in self.stored().items()}, self.form, self.features)
 
 
-class QuantizedLinear(_Quantized):
+class QuantizedLinear(_Grouped):
     """`nn.Linear` over a quantized weight; lowers to `com.microsoft::MatMulNBits`."""
 
     def __init__(self, rows: int, features: int, spec: LayerSpec, bias: nn.Parameter | None) -> None:
@@ -95,13 +123,13 @@ class QuantizedLinear(_Quantized):
         if torch.onnx.is_in_onnx_export():
             return self._lower(x)
         if self.spec.activations == "int8" and not self.exact_activations:
-            x = quantize_activations(x, self.spec.format.block)
+            x = quantize_activations(x, self.form.block)
         parts = [nn.functional.linear(x, self.dequantized(rows)) for rows in row_chunks(self.rows, self.features)]
         out = torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias
 
     def _lower(self, x: torch.Tensor) -> torch.Tensor:
-        form = self.spec.format
+        form = self.form
         inputs: list[torch.Tensor | None] = [x, self.qweight, self.scales]
         inputs.append(None if form.symmetric else self.zero_points)
         if self.bias is not None:
@@ -121,7 +149,66 @@ class QuantizedLinear(_Quantized):
         )
 
 
-class QuantizedEmbedding(_Quantized):
+class IntegerLinear(_Quantized):
+    """`nn.Linear` over int8 weights and uint8 inputs; lowers to QuantizeLinear and MatMulIntegerToFloat.
+
+    Per row, x / r with r = max|x| is rounded, and the product multiplied by r: no row's result depends on its
+    neighbours, which `DynamicQuantizeMatMul` with its one scale for all rows cannot say.
+    """
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero_point: torch.Tensor
+
+    def __init__(self, rows: int, features: int, spec: LayerSpec, bias: nn.Parameter | None) -> None:
+        super().__init__(rows, features, spec)
+        self.bias = bias
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight, float32 [N, M]."""
+        return self.qweight.float() * self.scales[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute x [..., M] -> [..., N]."""
+        if self.exact_activations and not torch.onnx.is_in_onnx_export():
+            return nn.functional.linear(x, self.dequantized(), self.bias)
+        if self.spec.activations == "static":
+            return self._multiply(x, self.input_scale, self.input_zero_point, self.bias)
+        ranges = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE)
+        step, middle = torch.tensor(1 / 127), torch.tensor(128, dtype=torch.uint8)
+        out = self._multiply(x / ranges, step, middle, None) * ranges
+        return out if self.bias is None else out + self.bias
+
+    def _multiply(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Round x to integers, multiply, and give the product its scale and bias."""
+        if torch.onnx.is_in_onnx_export():
+            return self._lower(x, scale, zero_point, bias)
+        q = quantize_affine(x, scale, zero_point) - zero_point
+        parts = [integer_product(q, self.qweight[rows]) for rows in row_chunks(self.rows, self.features)]
+        out = torch.cat(parts, -1) * (scale * self.scales)
+        return out if bias is None else out + bias
+
+    def _lower(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        q = torch.onnx.ops.symbolic(
+            "QuantizeLinear", [x, scale, zero_point], {}, dtype=torch.uint8, shape=x.shape, version=OPSET
+        )
+        inputs = [q, self.qweight.t(), scale, self.scales, zero_point, None, bias]  # the weight's zero point is 0
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulIntegerToFloat",
+            inputs if bias is not None else inputs[:-2],
+            {},
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.rows),
+            version=1,
+        )
+
+
+class QuantizedEmbedding(_Grouped):
     """`nn.Embedding` over a quantized table; lowers to `com.microsoft::GatherBlockQuantized`.
 
     `features` must be a multiple of the block: the kernel reads rows of whole blocks.
@@ -134,7 +221,7 @@ class QuantizedEmbedding(_Quantized):
         return self.dequantized(ids.flatten()).reshape(*ids.shape, self.features)
 
     def _lower(self, ids: torch.Tensor) -> torch.Tensor:
-        form = self.spec.format
+        form = self.form
         inputs = [self.qweight, ids, self.scales] + ([] if form.symmetric else [self.zero_points])
         attributes: dict[str, Any] = {
             "bits": form.bits,
@@ -155,7 +242,8 @@ class QuantizedEmbedding(_Quantized):
 def quantized(layer: nn.Module, spec: LayerSpec) -> _Quantized:
     """Return the quantized twin of an `nn.Linear` or `nn.Embedding`, its weight on the meta device."""
     if isinstance(layer, nn.Linear):
-        return QuantizedLinear(layer.out_features, layer.in_features, spec, layer.bias)
+        kind = IntegerLinear if isinstance(spec.format, ChannelFormat) else QuantizedLinear
+        return kind(layer.out_features, layer.in_features, spec, layer.bias)
     if isinstance(layer, nn.Embedding):
         return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, spec)
     raise TypeError(f"{type(layer).__name__} has no quantized form")

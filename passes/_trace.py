@@ -20,10 +20,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from passes._pooling import Pooling, encode, pooling_of
+from passes._quantized import OPSET
 from passes._skeleton import Skeleton
 from passes.base import PassError
 
-OPSET = 23
 IR_VERSION = 11
 GQA = "grouped_query_attention"
 _DYNAMIC = torch.export.Dim.DYNAMIC
@@ -286,7 +286,7 @@ def _bind_weights(model: ir.Model, skeleton: Skeleton) -> None:
 def lazy_tensor(skeleton: Skeleton, name: str) -> ir.LazyTensor:
     """Return a tensor that is read, as float32 if it is floating point, each time it is looked at."""
     entry = skeleton.entries[skeleton.stored_name(name)]
-    dtype = ir.DataType.UINT8 if entry.dtype == "U8" else ir.DataType.FLOAT
+    dtype = {"U8": ir.DataType.UINT8, "I8": ir.DataType.INT8}.get(entry.dtype, ir.DataType.FLOAT)
 
     def read() -> ir.TensorProtocol:
         return ir.Tensor(skeleton.read(name).numpy(), name=name)

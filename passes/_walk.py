@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from passes._batches import equal_lengths, walk_groups
 from passes._files import atomic_write
+from passes._kind import kind_of
 from passes._quantized import LayerSpec, QuantizedLayer, write_specs
 from passes._safetensors import (
     INDEX_NAME,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
+TOKENS_PER_BATCH = 4096
 
 
 def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Result]]) -> Iterator[tuple[int, Result]]:
@@ -61,6 +64,22 @@ def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Resu
             hook.remove()
         for traveller in travellers:
             traveller.abandon()
+
+
+def walk_over(skeleton: Skeleton, sequences: Sequence[Sequence[int]]) -> None:
+    """Run the model without its head over sequences of token ids, for the sake of the hooks on its modules."""
+    options = {"use_cache": False} if kind_of(skeleton.config) == "decoder" else {}
+
+    def forward(ids: torch.Tensor) -> Callable[[PreTrainedModel], None]:
+        def run(module: PreTrainedModel) -> None:
+            module.base_model(input_ids=ids, **options)
+
+        return run
+
+    lengths = [len(ids) for ids in sequences]
+    for batches in walk_groups(equal_lengths(lengths, TOKENS_PER_BATCH), lengths):
+        for _ in walk(skeleton, [forward(torch.tensor([sequences[i] for i in batch])) for batch in batches]):
+            pass
 
 
 def _advance(travellers: Sequence[_Traveller[Result]], indices: Sequence[int]) -> Iterator[tuple[int, Result]]:

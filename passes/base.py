@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from passes._quantized import QuantizedLayer
 
@@ -73,7 +73,9 @@ class Model:
 class Context:
     """All that a pass may use besides its own fields.
 
-    `workdir` is an empty folder, or what a killed run of the same pass on the same input left there.
+    `workdir` is an empty folder, or what a killed run of the same pass on the same input left there. `calibration` has,
+    for each entry of the recipe's `data` that the pass names, token ids of texts: as many as its `samples`, each cut to
+    its `context`.
     """
 
     workdir: Path
@@ -82,6 +84,7 @@ class Context:
     threads: int = 1
     seed: int = 0
     progress: Progress = no_progress
+    calibration: Mapping[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class BlockPass(Pass):
     reads: ClassVar[Stage] = TORCH
     writes: ClassVar[Stage] = TORCH
 
-    def run_block(self, name: str, module: nn.Module, ctx: Context) -> Mapping[str, QuantizedLayer]:
+    def run_block(self, name: str, module: PreTrainedModel, ctx: Context) -> Mapping[str, QuantizedLayer]:
         """Return module name -> its new form for the layers of part `name` (a block, or a module outside the blocks).
 
         Only the weights of that part are in memory, in the dtype they are stored in; all others are on the meta device.

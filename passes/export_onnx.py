@@ -41,7 +41,7 @@ class ExportOnnx(Pass):
         from passes._skeleton import Skeleton
 
         entries = Skeleton(model).entries.values()
-        sizes = [entry.nbytes if entry.dtype == "U8" else 4 * prod(entry.shape) for entry in entries]
+        sizes = [entry.nbytes if entry.dtype in ("U8", "I8") else 4 * prod(entry.shape) for entry in entries]
         return Estimate(matches=1, bytes=sum(sizes), peak_bytes=2 * max(sizes))
 
     def run(self, model: Model, ctx: Context) -> PassResult:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from optimizer.evaluate.greedy import Answer, Ends, cache_bytes_per_token, decode, decoding, walks
 from optimizer.evaluate.items import Item
+from passes._batches import walk_groups
 from runtime.batching import equal_length_batches
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 SLICE_ELEMENTS = 1 << 24
 """Most logits in one slice of `RuntimeScorer.logits`: 64 MiB of float32."""
 TOKENS_PER_BATCH = 4096
-TOKENS_PER_WALK = 32768
-"""Tokens whose hidden states wait between blocks: 256 MiB at a width of 2048."""
 
 
 class Scorer(Protocol):
@@ -123,7 +122,7 @@ class TorchScorer:
 
         skeleton = self._skeleton()
         most = max(1, SLICE_ELEMENTS // skeleton.module.config.vocab_size)
-        for indices in _walks(list(batches(items, min(TOKENS_PER_BATCH, most))), items):
+        for indices in walk_groups(batches(items, min(TOKENS_PER_BATCH, most)), [len(item.ids) for item in items]):
             together = [[items[index] for index in batch] for batch in indices]
             for number, logits in walk(skeleton, [forward(batch, **options) for batch in together]):
                 yield indices[number], logits
@@ -185,21 +184,6 @@ class RuntimeScorer:
         for indices in batches(items, TOKENS_PER_BATCH):
             together = [items[index] for index in indices]
             yield indices, session.run([item.ids for item in together], [item.types for item in together])
-
-
-def _walks(groups: list[list[int]], items: Sequence[Item]) -> Iterator[list[list[int]]]:
-    """Yield batches that walk together: as many as have TOKENS_PER_WALK tokens, one at least."""
-    together: list[list[int]] = []
-    tokens = 0
-    for batch in groups:
-        size = len(batch) * len(items[batch[0]].ids)
-        if together and tokens + size > TOKENS_PER_WALK:
-            yield together
-            together, tokens = [], 0
-        together.append(batch)
-        tokens += size
-    if together:
-        yield together
 
 
 def _in_order(count: int, answers: Iterable[tuple[Sequence[int], NDArray[np.float32]]]) -> NDArray[np.float32]:

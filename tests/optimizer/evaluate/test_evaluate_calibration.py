@@ -1,0 +1,57 @@
+"""Texts for calibration: which, how many, how long, and never those of an evaluation."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+from scoring_fakes import write_rows, write_tokenizer
+
+from optimizer.evaluate.calibration import load_calibration
+from optimizer.evaluate.data import DataError
+from optimizer.evaluate.items import Item, TextReader
+from optimizer.recipe import DataSource
+from passes.base import TORCH, Pass, Stage
+
+DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 32, "bos_token_id": 0}
+TEXTS = ["a b c d a", "b b", "c d", "d a b c"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Pass):
+    """Look at texts."""
+
+    reads: ClassVar[Stage] = TORCH
+    writes: ClassVar[Stage] = TORCH
+    calibration: str | None = field(default="shown", metadata={"names": "data"})
+    samples: int = 10
+    context: int = 4
+
+
+def load(tmp_path, step, *judged):
+    source = DataSource(json=write_rows(tmp_path / "data.jsonl", *({"text": text} for text in TEXTS)))
+    reader = TextReader.of(write_tokenizer(tmp_path), DECODER)
+    items = {"ppl": [Item(ids, str(number)) for number, ids in enumerate(judged)]}
+    return load_calibration(step, "passes.0.calibrated", {"shown": source}, reader, items)
+
+
+def test_a_pass_is_shown_the_texts_it_names_cut_to_its_context(tmp_path):
+    shown = load(tmp_path, Calibrated())
+    assert sorted(shown["shown"]) == [(0, 2, 3, 4), (0, 3, 3), (0, 4, 5), (0, 5, 2, 3)]
+
+
+def test_samples_are_the_same_few_each_time(tmp_path):
+    one, other = (load(tmp_path, Calibrated(samples=2))["shown"] for _ in range(2))
+    assert one == other == load(tmp_path, Calibrated())["shown"][:2]
+
+
+def test_a_pass_that_names_no_data_is_shown_none(tmp_path):
+    assert load(tmp_path, Calibrated(calibration=None)) == {}
+
+
+def test_texts_of_an_evaluation_are_refused_with_their_number(tmp_path):
+    message = (
+        r"^passes\.0\.calibrated: data\.shown: 2 of 4 calibration texts have the same token ids as texts of "
+        r"evaluate\.ppl, expected none; calibrate on other texts$"
+    )
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, Calibrated(), (0, 3, 3), (0, 5, 2, 3), (0, 6))

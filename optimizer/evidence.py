@@ -132,6 +132,14 @@ def _compare_perplexity(question: Question) -> Evidence:
     )
 
 
+def _compare_nats_per_byte(question: Question) -> Evidence:
+    """Compare the loss on the same texts by their bytes, whatever the tokens: two vocabularies are as good as one."""
+    before, after = question.pair("nll")
+    sums = question.by_group(after.astype(np.float64) - before)
+    sizes = question.by_group(question.candidate.values["bytes"])
+    return _compare_ratio(question, sums[sizes > 0], sizes[sizes > 0], question.limit, assumed_loss=0.0)
+
+
 def _relative(log_ratio: float) -> float:
     return math.expm1(log_ratio) if log_ratio < _LARGEST_LOG else math.inf
 
@@ -338,6 +346,7 @@ def _near_chance(question: Question, correct: NDArray[np.bool_]) -> Warnings:
 
 _COMPARE: Mapping[str, Callable[[Question], Evidence]] = {
     "perplexity": _compare_perplexity,
+    "nats_per_byte": _compare_nats_per_byte,
     "accuracy": _compare_accuracy,
     "f1": _compare_f1,
     "spearman": _compare_spearman,

@@ -35,8 +35,8 @@ class Budget:
     Attributes:
         metric: as in `Scores`.
         limit: perplexity: relative increase (0.01 is 1 %); accuracy, f1 and spearman: drop (0.01 is one point); flips:
-            share of positions; kl: nats per token. Above 0, for no sample can show a loss of nothing.
-        relative: accuracy, f1 and spearman only: `limit` is a share of the source's own score.
+            share of positions; kl: nats per token; nats_per_byte: nats. Above 0: no sample can show a loss of nothing.
+        relative: accuracy, f1, spearman and nats_per_byte only: `limit` is a share of the source's own score.
         score: which of a task's scores it judges, where that has another name than its metric.
     """
 
@@ -71,7 +71,7 @@ class Verdict:
         candidate: the candidate's score.
         difference: the loss, positive where the candidate is worse. perplexity: relative increase; accuracy, f1 and
             spearman: drop as a fraction, also when the budget was relative; flips: share of positions; kl: nats per
-            token.
+            token; nats_per_byte: nats.
         lower: one-sided bound of the loss at the level of the fail claim.
         upper: one-sided bound of the loss at level `alpha`.
         limit: the budget in the same unit as the difference.

@@ -128,7 +128,7 @@ def number_text(metric: str, value: float) -> str:
     """Return a score as a person reads it."""
     if metric in _SHARES:
         return f"{100 * value:.2f} %"
-    return f"{value:.4f}" if metric in ("kl", "spearman") else f"{value:.3f}"
+    return f"{value:.4f}" if metric in ("kl", "nats_per_byte", "spearman") else f"{value:.3f}"
 
 
 def told_apart(values: Iterable[float], limit: float, least: int, spec: str = "") -> list[str]:
@@ -186,7 +186,7 @@ def _why_none(run: Run) -> str:
 
 def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
     """Return losses and then the budget, in the budget's unit."""
-    if metric == "kl":
+    if metric in ("kl", "nats_per_byte"):
         return told_apart(values, limit, 4)
     spec = "" if metric == "flips" else "+"
     return told_apart([100 * value for value in values], 100 * limit, 2, spec)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 ARRAYS = {
     "perplexity": ("nll", "tokens"),
+    "nats_per_byte": ("nll", "bytes"),
     "accuracy": ("correct",),
     "f1": ("reference", "answer"),
     "spearman": ("reference", "answer"),
@@ -19,7 +20,7 @@ ARRAYS = {
     "kl": ("kl", "tokens"),
 }
 AGAINST_SOURCE = ("flips", "kl")  # already a comparison: only the candidate has per-item values
-_SAME_IN_BOTH = ("tokens", "reference")
+_SAME_IN_BOTH = ("tokens", "bytes", "reference")
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Scores:
     """What one model scored on one set of items, item by item.
 
     Attributes:
-        metric: what kind of score it is: "perplexity", "accuracy" (share of right items, whatever makes it so), "f1"
-            (macro), "spearman", "flips" or "kl". Any other is reported, and no gate can judge it.
+        metric: what kind of score it is: "perplexity", "nats_per_byte", "accuracy" (share of right items, whatever is
+            right), "f1" (macro), "spearman", "flips" or "kl". Any other is reported, and no gate can judge it.
         items: SHA-256 over the items; only scores of the same items can be compared.
         groups: document, passage or template of each item; unique strings when the items stand alone.
-        values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); accuracy: `correct` (bool);
-            f1: `reference`, `answer` (label indices); spearman: `reference`, `answer` (similarities); flips: `flips`
-            (positions whose top-1 differs from the source's), `tokens` (positions); kl: `kl` (summed nats of
-            KL(source || candidate)), `tokens`.
+        values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); nats_per_byte: `nll`, `bytes`
+            (of the scored text in UTF-8); accuracy: `correct` (bool); f1: `reference`, `answer` (label indices);
+            spearman: `reference`, `answer` (similarities); flips: `flips` (positions whose top-1 differs from the
+            source's), `tokens` (positions); kl: `kl` (summed nats of KL(source || candidate)), `tokens`.
         point: the score as a person reads it.
     """
 
@@ -75,9 +76,10 @@ def _check_arrays(where: str, side: str, scores: Scores) -> None:
         shape = np.shape(scores.values[name])
         if shape != expected:
             raise ValueError(f"{where}: {name!r} of the {side} has shape {shape}, expected {expected}: one per item")
-    tokens = scores.values["tokens"] if "tokens" in ARRAYS[scores.metric] else np.ones(1)
-    if np.any(np.asarray(tokens) < 0) or not np.any(np.asarray(tokens) > 0):
-        raise ValueError(f"{where}: 'tokens' of the {side} must be counts with at least one above 0")
+    for name in {"tokens", "bytes"}.intersection(ARRAYS[scores.metric]):
+        counts = np.asarray(scores.values[name])
+        if np.any(counts < 0) or not np.any(counts > 0):
+            raise ValueError(f"{where}: {name!r} of the {side} must be counts with at least one above 0")
 
 
 def _check_same(where: str, source: Scores, candidate: Scores) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ class Item:
     def types(self) -> tuple[int, ...]:
         """Return which text each token belongs to, 0 or 1; empty where there is one text alone."""
         return ()
+
+
+@dataclass(frozen=True)
+class Document(Item):
+    """A text after BOS, for a decoder.
+
+    Attributes:
+        ids: BOS, then those of `text`, so that the model is asked for every byte of it.
+        text: what the other ids stand for, whole characters.
+    """
+
+    text: str = ""
 
 
 def items_hash(items: Sequence[Item], context: int | None) -> str:
@@ -136,6 +149,11 @@ class TextReader:
     def longest(self, context: int | None) -> int | None:
         """Return the most tokens of an item: the smaller of `context` and what the model reads, None for no bound."""
         return min(filter(None, (context, self.context_length)), default=None)
+
+    def ends(self, text: str) -> list[int]:
+        """Return, for each token of a whole text, no special ones among them, where its last character ends."""
+        self.tokenizer.no_truncation()
+        return [end for _, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
 
     def encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts as the tokenizer writes them for its model, its special tokens included.
@@ -397,12 +415,47 @@ def make_items(
                 raise DataError(f"{row.where}: got a text without tokens, expected at least one")
             is_labelled = reader.kind == "classifier" and row.label is not None
             label = _label_index(row.where, row.label, reader.labels) if is_labelled else None
-            items.append(Item(ids, str(number) if row.group is None else row.group, label))
+            group = str(number) if row.group is None else row.group
+            if reader.kind == "decoder" and bos and reader.bos is not None:
+                items.append(_document(row.text, ids, group, reader, reader.longest(context) or context))
+            else:
+                items.append(Item(ids, group, label))
         if limit is not None and len(items) >= limit:
             return items[:limit]
     if not items:
         raise DataError(f"{rows[0].where} and the rest: got no text of two tokens or more, expected documents")
     return items
+
+
+def _document(text: str, ids: tuple[int, ...], group: str, reader: TextReader, context: int) -> Document:
+    """Return a document that begins with BOS, and its text; a cut within a character is moved before it."""
+    if len(ids) < context:
+        return Document(ids, group, text=text)
+    ends, kept = reader.ends(text), len(ids) - 1
+    if kept == len(ends):
+        return Document(ids, group, text=text)
+    while kept > 1 and ends[kept] == ends[kept - 1]:
+        kept -= 1
+    return Document(ids[: kept + 1], group, text=text[: ends[kept - 1]])
+
+
+def encoded_again(items: Sequence[Item], reader: TextReader) -> list[Document]:
+    """Return the same documents in the ids of another tokenizer, so that models of two vocabularies can be compared.
+
+    Raises:
+        ValueError: a document does not begin with BOS, or is longer than the model reads.
+    """
+    found = []
+    for index, item in enumerate(items):
+        if not isinstance(item, Document) or reader.bos is None:
+            raise ValueError(f"items: item {index}: does not begin with BOS, so that its first token is not predicted")
+        (ids,) = reader.encode([item.text], sys.maxsize, bos=True)
+        if len(reader.ends(item.text)) + 1 != len(ids):
+            raise ValueError(
+                f"items: item {index}: got more than the {len(ids)} tokens the model reads; cut it shorter"
+            )
+        found.append(Document(ids, item.group, text=item.text))
+    return found
 
 
 def _label_index(where: str, value: object, labels: Mapping[str, int]) -> int:

@@ -1,7 +1,13 @@
-"""Perplexity of held-out documents: how well the model predicts each next token."""
+"""Perplexity of held-out documents: how well the model predicts each next token.
+
+Models of different vocabularies predict different tokens of the same text: `nats_per_byte`, the loss over the UTF-8
+bytes of the text, can be compared all the same, document by document (`items.encoded_again` makes the second model's
+items). A tokenizer that loses characters predicts less than its text; there the measure flatters.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from optimizer.evaluate.distributions import Rows
-from optimizer.evaluate.items import Item, Texts, items_hash
+from optimizer.evaluate.items import Document, Item, Texts, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
@@ -20,18 +26,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityBudget:
-    """How much perplexity may rise above the source's."""
+    """How much perplexity may rise above the source's; at least one of the two."""
 
-    max_increase: Percent = field(metadata={"help": "largest rise, relative to the source's perplexity", "gt": 0})
+    max_increase: Percent | None = field(
+        default=None, metadata={"help": "largest rise, relative to the source's perplexity", "gt": 0}
+    )
+    max_increase_per_byte: Percent | None = field(
+        default=None,
+        metadata={"help": "largest rise of nats per byte, relative to the source's; for another vocabulary", "gt": 0},
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.max_increase is None and self.max_increase_per_byte is None:
+            raise ValueError("got neither, expected max_increase, max_increase_per_byte or both")
 
     def limits(self, task: Perplexity) -> tuple[Budget, ...]:
-        """Return the gate's budgets, one per metric."""
+        """Return the gate's budgets, one per metric.
+
+        Raises:
+            ValueError: bytes are to be compared, and the task does not ask the model for all of them.
+        """
         from optimizer.gate import Budget
 
-        return (Budget("perplexity", float(self.max_increase), relative=True),)
+        if self.max_increase_per_byte is not None and not task.bos:
+            raise ValueError("max_increase_per_byte: needs `bos: true`, else the first token is not predicted")
+        tokens, in_bytes = self.max_increase, self.max_increase_per_byte
+        by_token = () if tokens is None else (Budget("perplexity", float(tokens), relative=True),)
+        by_byte = () if in_bytes is None else (Budget("nats_per_byte", float(in_bytes), relative=True),)
+        return (*by_token, *by_byte)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +106,26 @@ class PerplexityTally:
         self._nll[rows.index] -= rows.log_probs(targets)[: len(following), 0].sum()
 
     def result(self) -> TaskResult:
-        """Return perplexity = exp(sum of nats / number of tokens)."""
+        """Return perplexity = exp(sum of nats / number of tokens) and, where every byte is predicted, nats per byte."""
         tokens = np.array([len(item.ids) - 1 for item in self._items])
         with np.errstate(over="ignore"):
             point = float(np.exp(self._nll.sum() / tokens.sum()))
         groups = tuple(item.group for item in self._items)
         values = {"nll": self._nll, "tokens": tokens}
-        return TaskResult({"perplexity": Scores("perplexity", self._name, groups, values, point)})
+        scores = {"perplexity": Scores("perplexity", self._name, groups, values, point)}
+        texts = [item.text for item in self._items if isinstance(item, Document)]
+        if len(texts) == len(self._items):
+            sizes = np.array([len(text.encode()) for text in texts])
+            per_byte = {"nll": self._nll, "bytes": sizes}
+            point = float(self._nll.sum() / sizes.sum())
+            scores["nats_per_byte"] = Scores("nats_per_byte", _texts_hash(texts), groups, per_byte, point)
+        return TaskResult(scores)
+
+
+def _texts_hash(texts: Sequence[str]) -> str:
+    """Return the sha256 of texts: what two tokenizations of the same documents have in common."""
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode()
+        digest.update(f"{len(content)}\n".encode() + content)
+    return digest.hexdigest()

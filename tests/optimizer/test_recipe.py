@@ -165,7 +165,7 @@ WRONG = {
     "budget of another task": (
         "{max_increase: 1%}",
         "{max_increase: 1%, max_kl: 1}",
-        "11:27: gate.ppl: unknown key 'max_kl', expected max_increase",
+        "11:27: gate.ppl: unknown key 'max_kl', expected one of max_increase, max_increase_per_byte",
     ),
     "budget without its unit": (
         "1%",

@@ -19,6 +19,8 @@ from passes.base import GraphPass, Model
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from passes._heads import Heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention(GraphPass):
@@ -40,7 +42,7 @@ class FuseAttention(GraphPass):
         mask = _sum(graph, node, site.terms)
         fused = ir.node(
             "Attention",
-            [*(tensor.flat for tensor in site.tensors), mask],
+            [*(tensor.flat(graph, node) for tensor in site.tensors), mask],
             {**site.attributes, "q_num_heads": query.heads, "kv_num_heads": key.heads},
         )
         insert(graph, node, fused)
@@ -48,18 +50,10 @@ class FuseAttention(GraphPass):
         return ""
 
 
-class _Heads(NamedTuple):
-    """A tensor [B, T, heads * E] and how it is split."""
-
-    flat: ir.Value
-    heads: int
-    width: int
-
-
 class _Site(NamedTuple):
     """One attention: query, key and value, what is added to the scores, and the result [B, H, T, E]."""
 
-    tensors: tuple[_Heads, _Heads, _Heads]
+    tensors: tuple[Heads, Heads, Heads]
     terms: tuple[ir.Value, ...]
     attributes: dict[str, ir.Attr | float]
     output: ir.Value
@@ -67,19 +61,21 @@ class _Site(NamedTuple):
 
 def _operator(node: ir.Node) -> _Site:
     """Match the operator itself, in its 4-D form."""
+    from passes._heads import heads_of
     from passes._match import require
 
     require(node.domain == "", f"{node.domain}::Attention is another operator")
     require("q_num_heads" not in node.attributes, "it reads [B, T, heads * E] already")
     require(not any(node.inputs[4:]), "it has a past")
     require(not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]), "its scores are used")
-    query, key, value = (_heads(x, (0, 2, 1, 3)) for x in node.inputs[:3])
+    query, key, value = (heads_of(x, (0, 2, 1, 3)) for x in node.inputs[:3])
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     return _Site((query, key, value), () if mask is None else (mask,), dict(node.attributes), node.outputs[0])
 
 
 def _written_out(node: ir.Node) -> _Site:
     """Match Softmax(q k^T * scale + terms) v."""
+    from passes._heads import heads_of
     from passes._match import axes, made_by, only_user, require, same
 
     require(node.attributes.get_int("axis", -1) in (-1, 3), "the softmax is not over the last axis")
@@ -91,8 +87,8 @@ def _written_out(node: ir.Node) -> _Site:
         terms.append(term)
     scores, scale = _scaled(scores)
     only_user(scores.outputs[0], *_SCORES, "Softmax")
-    query, key = _heads(scores.inputs[0], (0, 2, 1, 3)), _heads(scores.inputs[1], (0, 2, 3, 1))
-    value = _heads(product.inputs[1], (0, 2, 1, 3))
+    query, key = heads_of(scores.inputs[0], (0, 2, 1, 3)), heads_of(scores.inputs[1], (0, 2, 3, 1))
+    value = heads_of(product.inputs[1], (0, 2, 1, 3))
     require(query.heads == key.heads, f"there are {query.heads} query heads and {key.heads} key heads")
     batch, _, queries, keys = axes(node.outputs[0], 4)
     for term in terms:
@@ -138,24 +134,6 @@ def _scaled(node: ir.Node) -> tuple[ir.Node, float]:
     require(number.item() > 0, f"the scores are scaled by {number.item()}, expected a positive number")
     scale = float(number.item())
     return made_by(product, "MatMul"), scale if node.op_type == "Mul" else 1 / scale
-
-
-def _heads(value: ir.Value | None, order: tuple[int, ...]) -> _Heads:
-    """Match Transpose(Reshape(x)), which splits x [B, T, heads * E] into heads."""
-    from passes._match import axes, made_by, require, same
-
-    transpose = made_by(value, "Transpose")
-    got = tuple(transpose.attributes.get_ints("perm", ()))
-    require(got == order, f"{value.name if value else ''} is transposed by {got}, expected {order}")
-    reshape = made_by(transpose.inputs[0], "Reshape")
-    batch, tokens, heads, width = axes(reshape.outputs[0], 4)
-    flat = reshape.inputs[0]
-    outer, inner, features = axes(flat, 3)
-    require(isinstance(heads, int) and isinstance(width, int), f"{reshape.outputs[0].name}: heads are not known")
-    assert flat is not None and isinstance(heads, int) and isinstance(width, int)
-    fits = same(batch, outer) and same(tokens, inner) and features == heads * width
-    require(fits, f"{flat.name} of shape {flat.shape} is split into {reshape.outputs[0].shape}")
-    return _Heads(flat, heads, width)
 
 
 def _joined(output: ir.Value, width: int) -> ir.Value:

@@ -14,6 +14,7 @@ from tiny_models import EXPORT, Workshop, op_counts
 from passes._graph import load_graph
 from passes.base import Pass, PassError
 from passes.fuse_attention import FuseAttention
+from passes.fuse_rotary import FuseRotary
 from passes.quantize_rtn import QuantizeRtn
 
 FUSE = FuseAttention()
@@ -43,6 +44,15 @@ def test_the_operator_reads_and_writes_the_linear_layers(
 def test_the_numbers_are_kept(workshop: Workshop, tmp_path: Path, name: str, steps: tuple[Pass, ...]) -> None:
     before = workshop.run(name, *steps).model
     FUSE.ensures(before, workshop.run(name, *steps, FUSE).model, workshop.context(tmp_path, before))
+
+
+def test_windows_and_rotations_of_packed_projections_are_kept(workshop: Workshop, tmp_path: Path) -> None:
+    """ModernBERT: one product for query, key and value, rotated, and a window in three of four layers."""
+    before, result = (workshop.run("modernbert-sharp", EXPORT, FuseRotary(), *last) for last in ((), (FUSE,)))
+    assert (result.changes["matched"], op_counts(result.model)["Transpose"]) == (4, 0)
+    masks = {node.inputs[3] for node in nodes(load_graph(result.model.folder), "Attention")}
+    assert len(masks) == 2
+    FUSE.ensures(before.model, result.model, workshop.context(tmp_path, before.model))
 
 
 def test_bias_and_mask_are_added_once_for_all_layers(workshop: Workshop) -> None:

@@ -107,7 +107,7 @@ def test_a_rotation_of_another_form_is_left_alone_and_noted(workshop: Workshop, 
     other = Model(model.stage, tmp_path / "in", model.assets, model.config)
     result = FUSE.run(other, workshop.context(tmp_path / "out", other))
     assert (result.changes["matched"], result.changes["refused"]) == (1, 1)
-    assert result.note.startswith("GroupQueryAttention 0: ") and "half" in result.note
+    assert result.note.startswith("GroupQueryAttention 0: ") and "expected Neg" in result.note
     FUSE.ensures(other, result.model, workshop.context(tmp_path, other))
 
 

@@ -60,6 +60,16 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert-embedder": ("BertModel", ENCODER),
     "bert-masked": ("BertForMaskedLM", ENCODER),
     "bert-sharp": ("BertForSequenceClassification", {**ENCODER, "initializer_range": 0.3}),
+    "modernbert-sharp": (
+        "ModernBertForSequenceClassification",
+        {
+            **ENCODER,
+            "initializer_range": 0.3,
+            "local_attention": 8,
+            "num_hidden_layers": 4,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 0),
+        },
+    ),
     "mpnet-sharp": (
         "MPNetForSequenceClassification",
         {**ENCODER, "max_position_embeddings": 40, "initializer_range": 0.3},

@@ -29,12 +29,13 @@ from passes._safetensors import (
     write_safetensors,
 )
 from passes._skeleton import Skeleton
-from passes.base import BlockPass, Context, Model, PassResult
+from passes.base import Context, Model, PassResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
+Change = Callable[[str, "PreTrainedModel", Context], Mapping[str, QuantizedLayer | torch.Tensor]]
 TOKENS_PER_BATCH = 4096
 
 
@@ -155,8 +156,10 @@ class _Traveller(Generic[Result]):
             self._stopped.release()
 
 
-def run_blocks(step: BlockPass, model: Model, ctx: Context) -> PassResult:
-    """Run a BlockPass: load each part of the model, let the pass change it, write it to a file of its own.
+def run_blocks(change: Change, model: Model, ctx: Context) -> PassResult:
+    """Load each part of the model, let a pass change it, write it to a file of its own.
+
+    `change(part, module, ctx)` returns module name -> quantized layer, or tensor name -> its new values.
 
     A file that is already there was finished by an earlier run that was killed, and is kept.
     """
@@ -168,9 +171,9 @@ def run_blocks(step: BlockPass, model: Model, ctx: Context) -> PassResult:
         path = ctx.workdir / f"{name}.safetensors"
         if not _is_complete(path):
             with skeleton.loaded_as_stored(name), torch.inference_mode():
-                layers = step.run_block(name, skeleton.module, ctx)
-                tensors = _part(skeleton, name, layers)
-                written = {layer: asdict(new.spec) for layer, new in layers.items()}
+                changed = change(name, skeleton.module, ctx)
+                tensors = _part(skeleton, name, changed)
+                written = {n: asdict(new.spec) for n, new in changed.items() if isinstance(new, QuantizedLayer)}
                 write_safetensors(path, tensors, {"quantization": json.dumps(written, sort_keys=True)})
         specs |= {
             layer: LayerSpec.parse(spec) for layer, spec in json.loads(read_metadata(path)["quantization"]).items()
@@ -184,15 +187,20 @@ def run_blocks(step: BlockPass, model: Model, ctx: Context) -> PassResult:
     return PassResult(replace(model, folder=ctx.workdir), {"layers_quantized": new})
 
 
-def _part(skeleton: Skeleton, name: str, layers: Mapping[str, QuantizedLayer]) -> dict[str, torch.Tensor]:
-    """Return what is stored of one part: quantized layers as given, all else as it was, tied tensors by their owner."""
+def _part(
+    skeleton: Skeleton, name: str, changed: Mapping[str, QuantizedLayer | torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what is stored of one part: what was changed as given, all else as it was, tied tensors by their owner."""
     tensors: dict[str, torch.Tensor] = {}
     for tensor in skeleton.tensors(name):
         if not skeleton.owns(name, tensor):
             continue
         layer, _, leaf = tensor.rpartition(".")
-        if layer in layers and leaf == "weight":
-            tensors |= {f"{layer}.{leaf}": value for leaf, value in layers[layer].stored.items()}
+        quantized, new = changed.get(layer), changed.get(tensor)
+        if isinstance(quantized, QuantizedLayer) and leaf == "weight":
+            tensors |= {f"{layer}.{leaf}": value for leaf, value in quantized.stored.items()}
+        elif isinstance(new, torch.Tensor):
+            tensors[tensor] = new
         else:
             tensors[tensor] = read_tensor(skeleton.entries[skeleton.stored_name(tensor)])
     return tensors

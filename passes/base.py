@@ -161,7 +161,7 @@ class BlockPass(Pass):
         """Walk over the parts, each written to a file of its own as it is done."""
         from passes._walk import run_blocks
 
-        return run_blocks(self, model, ctx)
+        return run_blocks(self.run_block, model, ctx)
 
 
 @dataclass(frozen=True, kw_only=True)

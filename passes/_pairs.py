@@ -1,0 +1,230 @@
+"""Which layer's output channels can be scaled so that the layers that read them undo it: found by trying it.
+
+Each norm and linear layer of a block is taken in turn: its output is multiplied by a factor per channel, all factors
+different. A linear layer whose input turns up multiplied by those factors reads it, channel by channel, whatever lies
+between (a product with a gate, attention, heads that are repeated). When these readers divide the factors out again and
+the block's output is what it was, nothing else reads it. No names and no list of families: what was tried holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from passes._walk import walk_over
+
+if TYPE_CHECKING:
+    from passes._skeleton import Skeleton
+
+Factors = Mapping[str, torch.Tensor]
+TOLERANCE = 1e-5
+"""Error of a block's output over its range: factors go through float32 products and divisions (1e-6)."""
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A layer, and all the layers that read its output.
+
+    Attributes:
+        source: a norm or a linear layer.
+        gain_offset: what a norm adds to its stored gain, 0 or 1 (Gemma); None for a linear layer.
+        readers: linear layers.
+        channels: int64 [M], which channel of the source each input feature of the readers is.
+    """
+
+    source: str
+    gain_offset: float | None
+    readers: tuple[str, ...]
+    channels: torch.Tensor
+
+
+@dataclass
+class Found:
+    """The pairs of a model; and linear layer -> why its input cannot be scaled."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    refusals: dict[str, str] = field(default_factory=dict)
+
+
+def find_pairs(skeleton: Skeleton, ids: Sequence[int]) -> Found:
+    """Try every norm and linear layer inside the blocks, on one text, one block in memory at a time."""
+    found = Found()
+
+    def examine(name: str, block: nn.Module, call: tuple[Any, Any]) -> None:
+        _Block(name, block, *call).examine(found)
+
+    hooks = [
+        skeleton.module.get_submodule(name).register_forward_hook(
+            lambda block, args, options, _, name=name: examine(name, block, (args, options)), with_kwargs=True
+        )
+        for name in skeleton.blocks
+    ]
+    try:
+        walk_over(skeleton, [ids[:PROBE_TOKENS]])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def input_axis(layer: nn.Module) -> int:
+    """Return the axis of a linear layer's weight that its input features lie on: GPT-2 stores weights transposed."""
+    return 1 if isinstance(layer, nn.Linear) else 0
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, in either layout."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+class _Block:
+    """A block that can be run again as it was just run, with factors put on outputs and inputs of its layers."""
+
+    def __init__(self, name: str, block: nn.Module, args: Any, options: Any) -> None:
+        self.block, self.args, self.options = block, args, options
+        children = {f"{name}.{child}": module for child, module in block.named_modules()}
+        self.linears = {child: module for child, module in children.items() if is_linear(module)}
+        self.norms = {child: module for child, module in children.items() if _is_norm(module)}
+        self.out, self.inputs = self.run({}, {})
+
+    def examine(self, found: Found) -> None:
+        """Try every norm and linear layer of the block."""
+        for source in (*self.norms, *self.linears):
+            self._examine(source, found)
+        read = {reader for pair in found.pairs for reader in pair.readers}
+        for linear in self.linears:
+            if linear in read:
+                found.refusals.pop(linear, None)
+            else:
+                found.refusals.setdefault(linear, "no norm or linear layer of its block reaches it channel by channel")
+
+    def run(self, multiplied: Factors, divided: Factors) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the block's output, and the input of every linear layer before it is divided."""
+        inputs: dict[str, torch.Tensor] = {}
+
+        def enter(name: str) -> Callable[..., Any]:
+            def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+                inputs[name] = args[0].flatten(0, -2)
+                return (args[0] / divided[name], *args[1:]) if name in divided else args
+
+            return hook
+
+        modules = self.norms | self.linears
+        hooks = [module.register_forward_pre_hook(enter(name)) for name, module in self.linears.items()]
+        hooks += [
+            modules[name].register_forward_hook(lambda _, __, out, factors=factors: out * factors)
+            for name, factors in multiplied.items()
+        ]
+        with _removed_after(hooks):
+            out = self.block.forward(*self.args, **self.options)
+        return (out if isinstance(out, torch.Tensor) else out[0]), inputs
+
+    def _examine(self, source: str, found: Found) -> None:
+        module = (self.norms | self.linears)[source]
+        factors = torch.linspace(0.5, 2, output_width(module))
+        _, inputs = self.run({source: factors}, {})
+        tried = {name: _channels(x, inputs[name], factors) for name, x in self.inputs.items() if name in inputs}
+        maps = {name: channels for name, channels in tried.items() if channels is not None}
+        if not maps:
+            return
+        offset = None if source in self.linears else _gain_offset(module)
+        reason = self._refusal(source, offset, factors, maps)
+        if reason:
+            found.refusals |= dict.fromkeys(maps, reason)
+        else:
+            found.pairs.append(Pair(source, offset, tuple(maps), next(iter(maps.values()))))
+
+    def _refusal(self, source: str, offset: float | None, factors: torch.Tensor, maps: Factors) -> str:
+        """Return why a layer that is read by those of `maps` cannot be scaled, "" if it can."""
+        first = next(iter(maps.values()))
+        if not all(torch.equal(channels, first) for channels in maps.values()):
+            return f"{source} reaches {' and '.join(maps)} in different orders"
+        out, _ = self.run({source: factors}, {name: factors[channels] for name, channels in maps.items()})
+        error = float((out - self.out).abs().max() / (self.out.max() - self.out.min()).clamp(min=1e-30))
+        if not error <= TOLERANCE:
+            return f"{source} is read by more than linear layers, such as a residual"
+        if source in self.norms and offset is None:
+            return f"the gain of {source} is neither its weight nor one more"
+        return ""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a leaf with a gain per channel."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 1 and not list(module.children())
+
+
+def output_width(module: nn.Module) -> int:
+    """Return the number of channels a norm or linear layer puts out."""
+    weight = module.get_parameter("weight")
+    return weight.shape[1 - input_axis(module)] if is_linear(module) else weight.shape[0]
+
+
+def _channels(before: torch.Tensor, after: torch.Tensor, factors: torch.Tensor) -> torch.Tensor | None:
+    """Return which factor each feature of [T, M] was multiplied by; None unless each was, at every token, by one.
+
+    A feature that is zero at all tokens tells nothing: it is taken to be in its own place if all others are.
+    """
+    if before.shape != after.shape or torch.equal(before, after):
+        return None
+    energy = before.square().sum(0)
+    live = energy > 0
+    ratio = torch.where(live, (before * after).sum(0) / energy.clamp(min=1e-30), 1.0)
+    if not ((after - ratio * before).abs().amax(0) <= 1e-4 * before.abs().amax(0)).all():
+        return None
+    channels = ((ratio - 0.5) / 1.5 * (len(factors) - 1)).round().long().clamp(0, len(factors) - 1)
+    spacing = 1.5 / max(1, len(factors) - 1)
+    if not ((ratio - factors[channels]).abs() <= spacing / 4)[live].all():
+        return None
+    own = torch.arange(len(channels))
+    if len(channels) == len(factors) and torch.equal(channels[live], own[live]):
+        return own
+    return channels if live.all() else None
+
+
+def _gain_offset(norm: nn.Module) -> float | None:
+    """Return what a norm adds to its stored gain: found by scaling that and looking at what comes out."""
+    weight = norm.get_parameter("weight")
+    factors = torch.linspace(0.5, 2, len(weight))
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    want = norm(x) * factors
+    for offset in (0.0, 1.0):
+        with _replaced(norm, scaled_norm(norm, offset, factors)):
+            got = norm(x)
+        if torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max())):
+            return offset
+    return None
+
+
+def scaled_norm(norm: nn.Module, offset: float, factors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the parameters of a norm whose output is multiplied by a factor per channel."""
+    own = {name: parameter.float() for name, parameter in norm.named_parameters()}
+    new = {"weight": (own["weight"] + offset) * factors - offset}
+    return new | ({"bias": own["bias"] * factors} if "bias" in own else {})
+
+
+@contextmanager
+def _replaced(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    kept = dict(module._parameters)
+    module._parameters |= {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    try:
+        yield
+    finally:
+        module._parameters |= kept
+
+
+@contextmanager
+def _removed_after(hooks: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

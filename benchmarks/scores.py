@@ -227,8 +227,10 @@ def compare_choice(chosen: Set, side: str, sides: Sides, file: Path, samples: Ro
 
 def compare_texts(side: str, sides: Sides, file: Path, samples: Rows, max_tokens: int) -> tuple[int, int, str]:
     """Answer GSM8K on one side of ours; return how many texts and how many numbers differ, and our scores in words."""
+    # lm-eval also ends an answer where a model spells its end token with other tokens.
+    stops = (*GSM8K_STOPS, sides.peer.tok_decode(sides.peer.eot_token_id, skip_special_tokens=False))
     task = Generation(
-        data="d", prompt="Question: {question}\nAnswer:", score="numeric", stop=GSM8K_STOPS, max_tokens=max_tokens
+        data="d", prompt="Question: {question}\nAnswer:", score="numeric", stop=stops, max_tokens=max_tokens
     )
     items = task.load(DataSource(json=file), sides.reader)
     result = evaluate({"g": task}, {"g": items}, sides.scorers[side], reader=sides.reader)["g"]

@@ -9,13 +9,14 @@ Nothing here reads a file or loads a model. `evidence.py` has what each metric s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare
 from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
 
-__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Verdict", "judge"]
+__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Verdict", "judge", "require_judgeable"]
 
 Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
@@ -100,6 +101,18 @@ class Verdict:
     items_needed: int | None
     mcnemar_p: float | None
     flags: tuple[str, ...]
+
+
+def require_judgeable(scores: Mapping[str, Scores], budget: Budget) -> None:
+    """Raise ValueError `metric: ...` unless a task's scores hold the one a budget judges, of the kind it judges."""
+    found = scores.get(budget.judges)
+    if found is None:
+        raise ValueError(f"metric: got {budget.judges!r}, expected one of {', '.join(scores)}")
+    if found.metric != budget.metric:
+        raise ValueError(
+            f"metric: {budget.judges} is not right or wrong for each item, so no interval is known; leave it out of "
+            "the gate, its score is reported"
+        )
 
 
 def judge(

@@ -21,7 +21,7 @@ from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
 from optimizer.fingerprint import fingerprint, source_fingerprint
-from optimizer.gate import judge
+from optimizer.gate import judge, require_judgeable
 from optimizer.lock import lock_text, machine, versions
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.recipe import Recipe
@@ -297,15 +297,10 @@ class _Chain:
         """Refuse, before any pass, a budget of a score that the task does not give or that no interval is known for."""
         for name in self.recipe.gate.budgets:
             for budget in self.recipe.limits(name):
-                scores = self.source_results[name].scores
-                found = scores.get(budget.judges)
-                if found is None:
-                    raise CannotRun(f"gate.{name}.metric: got {budget.judges!r}, expected one of {', '.join(scores)}")
-                if found.metric != budget.metric:
-                    raise CannotRun(
-                        f"gate.{name}.metric: {budget.judges} is not right or wrong for each item, so no interval is "
-                        "known; leave it out of the gate, its score is reported"
-                    )
+                try:
+                    require_judgeable(self.source_results[name].scores, budget)
+                except ValueError as error:
+                    raise CannotRun(f"gate.{name}.{error}") from None
 
     def _points(self) -> dict[str, float]:
         return {

@@ -121,9 +121,15 @@ class ScorerLM(LM):  # type: ignore[misc]
         for index, request in enumerate(requests):
             settings = dict(normalize_gen_kwargs(request.args[1], MAX_TOKENS))
             _require_greedy(request.task_name, settings)
-            stops = tuple(text for text in handle_stop_sequences(settings.get("until"), eos=None) if text)
+            stops = (*handle_stop_sequences(settings.get("until"), eos=None), *self._ends())
+            stops = tuple(text for text in stops if text)
             groups.setdefault((int(settings["max_gen_toks"]), stops), []).append(index)
         return [(indices, count, Stop(self.reader, stops)) for (count, stops), indices in groups.items()]
+
+    def _ends(self) -> list[str]:
+        """Return how the ids that end a text are written: lm-eval also ends an answer where a model spells one."""
+        ids = sorted(self.reader.eos)
+        return [self.reader.tokenizer.decode([number], skip_special_tokens=False) for number in ids]
 
     def _prompt(self, request: Instance, max_tokens: int) -> Prompt:
         room = None if self.longest is None else self.longest - max_tokens

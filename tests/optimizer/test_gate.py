@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from optimizer.evidence import Evidence, Question
-from optimizer.gate import Budget, Scores, Verdict, _decide, judge
+from optimizer.gate import Budget, Scores, Verdict, _decide, judge, require_judgeable
 from optimizer.statistics.spearman import spearman
 
 POINT = Budget("accuracy", 0.01)
@@ -585,3 +585,12 @@ def test_three_thousand_answers_are_judged_in_two_seconds() -> None:
 def test_documents_are_judged_in_a_fifth_of_a_second() -> None:
     judge(*perplexities(noise(40, 0.02), count=40), PERCENT)  # imports scipy
     assert seconds(perplexities(noise(240, 0.02), count=240), PERCENT)[0] < 0.2
+
+
+def test_a_budget_finds_its_score_by_name_and_takes_only_its_own_kind() -> None:
+    found = {"acc_norm": scores("accuracy", 1.0, correct=[True]), "bleu": scores("bleu", 31.0, bleu=[31.0])}
+    require_judgeable(found, Budget("accuracy", 0.01, score="acc_norm"))
+    with pytest.raises(ValueError, match=r"metric: got 'accuracy', expected one of acc_norm, bleu"):
+        require_judgeable(found, POINT)
+    with pytest.raises(ValueError, match=r"metric: bleu is not right or wrong for each item, so no interval is known"):
+        require_judgeable(found, Budget("accuracy", 0.01, score="bleu"))

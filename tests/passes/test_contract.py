@@ -31,7 +31,12 @@ LIBRARIES = (
     "scipy",
     "safetensors",
 )
-EXAMPLES = {"fuse_attention": "bert-sharp", "fuse_gelu": "bert-sharp", "fuse_rotary": "modernbert-sharp"}
+EXAMPLES = {
+    "fuse_attention": "bert-sharp",
+    "fuse_embeddings": "bert-sharp",
+    "fuse_gelu": "bert-sharp",
+    "fuse_rotary": "modernbert-sharp",
+}
 """What a pass is tried on where it finds nothing to do in a Llama."""
 every_pass = pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
 

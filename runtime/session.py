@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import SessionError
+from runtime.processor import int8_sums_may_overflow
 from runtime.threads import default_threads
 
 _PAST: Final = re.compile(r"past\.(\d+)\.(key|value)")
@@ -40,6 +41,8 @@ def open_graph(model: str | os.PathLike[str], threads: int | None = None) -> Any
     options.intra_op_num_threads = default_threads() if threads is None else threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors: its warnings speak to people who build graphs
+    if int8_sums_may_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # unsigned weights: slower, and exact
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes share no base but Exception

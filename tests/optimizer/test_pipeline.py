@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from optimizer.errors import CannotRun, ExitCode
 from optimizer.pipeline import run, scoring_code
-from optimizer.recipe import Gate, Recipe, SizeBudget, Target
+from optimizer.recipe import DataSource, Gate, Recipe, SizeBudget, Target
 from optimizer.record import Run
 from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, PassResult, Stage
 from runtime.artifact import verify
@@ -70,18 +70,38 @@ def edit_config(**changes: object) -> Callable[[Path], object]:
     return edit
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibrated(Lower):
+    """Look at texts."""
+
+    calibration: str = field(default="shown", metadata={"names": "data"})
+    samples: int = 8
+    context: int = 16
+
+    def run(self, model: Model, ctx: Context) -> PassResult:
+        CALLS.append(f"calibrated on {len(ctx.calibration[self.calibration])}")
+        return copied(ARTIFACT, model, ctx, {"nodes": 3})
+
+
 @dataclass
 class Bench:
     """Runs recipes on one small source, with one store and one output."""
 
     folder: Path
 
-    def run(self, *passes: Pass, max_ratio: float | None = None, **options: Any) -> Run:
+    def run(
+        self,
+        *passes: Pass,
+        max_ratio: float | None = None,
+        data: Mapping[str, DataSource] | None = None,
+        **options: Any,
+    ) -> Run:
         size = None if max_ratio is None else SizeBudget(max_ratio=max_ratio)
         recipe = Recipe(
             name="r",  # type: ignore[arg-type]
             model="source",
             target=Target(threads=1),
+            data=data or {},
             gate=Gate(size=size),
             passes=passes,
             model_folder=self.folder / "source",
@@ -131,6 +151,19 @@ def test_changed_option_runs_its_pass_and_those_after_it_again(bench: Bench) -> 
     bench.run(Lower(), Polish(strength=1), Polish(strength=5))
     bench.run(Lower(), Polish(strength=2), Polish(strength=5))
     assert CALLS == ["polish 2", "polish 5"]
+
+
+def test_changed_calibration_texts_run_their_pass_again_and_are_in_the_lock(bench: Bench) -> None:
+    texts, locks = bench.folder / "texts.jsonl", []
+    data = {"shown": DataSource(json=texts)}
+    for content in ("one text\n", "one text\n", "two texts\nhere\n"):
+        texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in content.splitlines()))
+        bench.run(Calibrated(), data=data)
+        locks.append(CALLS + bench.lock["calibration"])
+    assert [lock[0] for lock in locks[::2]] == ["calibrated on 1", "calibrated on 2"]
+    assert locks[1] == locks[0][1:]  # the same texts: not run again, and the same hash
+    assert locks[2][1] != locks[0][1]
+    assert locks[0][1].keys() == {"calibrated"}
 
 
 def test_changed_source_runs_everything_again(bench: Bench) -> None:

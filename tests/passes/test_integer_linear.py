@@ -131,6 +131,14 @@ def test_no_product_in_the_blocks_stays_float_in_the_graph_that_runs(
     assert products == ({"FusedGemm": 1, "Gemm": 1} if name == "bert" else {"MatMul": 1})
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_graph_runs_where_signed_weights_would_overflow(workshop: Workshop, name: str) -> None:
+    model = workshop.run(name, ROW, *((EXPORT,) if name == "bert" else FUSED)).model
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as runtime/session.py on such a processor
+    ort.InferenceSession(str(model.folder / GRAPH), options, providers=["CPUExecutionProvider"])
+
+
 def encoder_answers(model: Model, texts: list[list[int]]) -> np.ndarray:
     """Run texts as one right-padded batch."""
     session = opened(str(model.folder / GRAPH))

@@ -6,10 +6,11 @@ from typing import ClassVar
 import pytest
 from scoring_fakes import write_rows, write_tokenizer
 
+from optimizer.errors import RecipeError
 from optimizer.evaluate.calibration import load_calibration
 from optimizer.evaluate.data import DataError
 from optimizer.evaluate.items import Item, TextReader
-from optimizer.recipe import DataSource
+from optimizer.recipe import DataSource, parse
 from passes.base import TORCH, Pass, Stage
 
 DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 32, "bos_token_id": 0}
@@ -55,3 +56,16 @@ def test_texts_of_an_evaluation_are_refused_with_their_number(tmp_path):
     )
     with pytest.raises(DataError, match=message):
         load(tmp_path, Calibrated(), (0, 3, 3), (0, 5, 2, 3), (0, 6))
+
+
+def test_a_recipe_that_names_no_entry_of_data_is_told_where(tmp_path):
+    write_rows(tmp_path / "data.jsonl", {"text": "a"})
+    recipe = (
+        "name: r\nmodel: org/model@main\ndata:\n  shown: {json: data.jsonl}\n"
+        "passes:\n  - quantize_int8: {activations: static, calibration: shwon}\n  - export_onnx\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        parse(recipe, "recipe.yaml", (tmp_path,))
+    assert [str(mistake) for mistake in caught.value.mistakes] == [
+        "recipe.yaml:6:55: passes.0.quantize_int8.calibration: data has no entry 'shwon'; did you mean 'shown'?"
+    ]

@@ -23,7 +23,8 @@ WEIGHTS: Mapping[str, tuple[str, Mapping[str, Any]] | None] = {
     "quantize_rtn int8": ("quantize_rtn", {"format": "int8", "group_size": 32}),
     "quantize_int8": ("quantize_int8", {}),
 }
-FUSIONS = ("fuse_rotary", "fuse_attention", "fuse_norm", "fuse_gelu", "fuse_embeddings")
+FUSIONS = ("fuse_rotary", "fuse_attention", "fuse_embeddings", "fuse_norm", "fuse_gelu")
+"""`fuse_norm` would take the norm of `fuse_embeddings` where no look-up is shared by all sequences."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Effect: the look-ups of words, positions and, where there are, token types, thei
 Source: Devlin et al. 2018, arXiv:1810.04805, figure 2; onnxruntime's ContribOperators.md, EmbedLayerNormalization.
 Changes: nodes.   Keeps: tables, numbers to 1e-5 of range.
 Cost: one read and write of the graph's data. On CPU the operator is slower than what it replaces (docs/log.md,
-    2026-11-24): the pass is for runtimes that look for it, and in no default chain.
+    2026-11-24): the pass is for runtimes that look for it, and in no default chain. It goes before
+    `fuse_norm`, which may take the same addition.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,19 @@ from graph_cases import checked, constant, edited, nodes, refusal, show_as_outpu
 from tiny_models import EXPORT, Workshop, op_counts
 
 from passes._graph import load_graph
-from passes.base import Pass, PassError
+from passes.base import GraphPass, Pass, PassError
 from passes.fuse_attention import FuseAttention
+from passes.fuse_gelu import FuseGelu
+from passes.fuse_norm import FuseNorm
 from passes.fuse_rotary import FuseRotary
+from passes.quantize_int8 import QuantizeInt8
 from passes.quantize_rtn import QuantizeRtn
 
 FUSE = FuseAttention()
 INT8 = QuantizeRtn(format="int8", group_size=32)
+ROWS_INT8 = QuantizeInt8()
 ENCODERS: list[tuple[str, tuple[Pass, ...]]] = [
+    ("bert-sharp", (ROWS_INT8, EXPORT)),
     ("bert-sharp", (EXPORT,)),
     ("bert-sharp", (INT8, EXPORT)),
     ("mpnet-sharp", (EXPORT,)),
@@ -177,6 +183,17 @@ def test_a_second_run_and_a_decoder_are_refused_with_the_reason(workshop: Worksh
     assert reason.endswith("Attention 0: it reads [B, T, heads * E] already")
     reason = refusal(workshop, FUSE, workshop.run("llama", EXPORT).model, tmp_path)
     assert reason == "fuse_attention: matched 0 of 0 places; the graph has no Attention or Softmax"
+
+
+@pytest.mark.parametrize("order", permutations([FUSE, FuseNorm(), FuseGelu()]))
+@pytest.mark.parametrize("first", [(), (ROWS_INT8,)])
+def test_the_fusions_go_together_in_any_order(
+    workshop: Workshop, tmp_path: Path, first: tuple[Pass, ...], order: tuple[GraphPass, ...]
+) -> None:
+    before, after = (workshop.run("bert-sharp", *first, EXPORT, *last).model for last in ((), order))
+    order[-1].ensures(before, after, workshop.context(tmp_path, before))
+    usual = workshop.run("bert-sharp", *first, EXPORT, FUSE, FuseNorm(), FuseGelu()).model
+    assert op_counts(after) == op_counts(usual)
 
 
 def test_ensures_finds_numbers_that_moved(workshop: Workshop, tmp_path: Path) -> None:

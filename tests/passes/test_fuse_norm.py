@@ -15,6 +15,7 @@ from passes._graph import DATA, load_graph, save_graph
 from passes._match import Refusal
 from passes.base import Model, Pass, PassError
 from passes.fuse_norm import FuseNorm
+from passes.quantize_int8 import QuantizeInt8
 from passes.quantize_rtn import QuantizeRtn
 
 FUSE = FuseNorm()
@@ -83,6 +84,7 @@ LAYER_NORMS: list[tuple[str, tuple[Pass, ...], tuple[int, int, int]]] = [
     # normalizations fused; those left alone; biases folded in
     ("bert-sharp", (EXPORT,), (4, 1, 4)),
     ("bert-sharp", (INT8, EXPORT), (4, 1, 0)),  # the biases are inside MatMulNBits
+    ("bert-sharp", (QuantizeInt8(), EXPORT), (4, 1, 4)),
     ("gpt2", (EXPORT,), (5, 0, 0)),  # and inside Gemm
     ("phi", (EXPORT,), (2, 1, 0)),
 ]

@@ -51,9 +51,14 @@ DECODER = Kind(
         "size: {max_ratio: 0.5}            # artifact's weights / source's weights",
     ),
 )
+ENCODER_CHAIN: Mapping[str, Mapping[str, object]] = {
+    "quantize_rtn": {"format": "int8", "group_size": 32},
+    "export_onnx": {},
+    "fuse_attention": {"optional": True},  # some families write attention in a form of their own
+}
 CLASSIFIER = Kind(
     suffix="int8",
-    chain={"quantize_rtn": {"format": "int8", "group_size": 32}, "export_onnx": {}},
+    chain=ENCODER_CHAIN,
     data=(
         "text: text            # key or column with the text",
         "label: label          # key or column with the label",
@@ -73,7 +78,7 @@ _SIMILARITY = "similarity: {task: similarity, data: held_out, context: CONTEXT}"
 _SIMILARITY_GATE = "similarity: {max_drop: 0.5pt}    # of Spearman's rank correlation: 1pt is 0.01"
 EMBEDDER = Kind(
     suffix="int8",
-    chain={"quantize_rtn": {"format": "int8", "group_size": 32}, "export_onnx": {}},
+    chain=ENCODER_CHAIN,
     data=_PAIRS,
     evaluate=(_SIMILARITY,),
     gate=(_SIMILARITY_GATE, "size: {max_ratio: 0.8}           # artifact's weights / source's weights"),

@@ -114,11 +114,11 @@ def _added(addition: ir.Node) -> tuple[ir.Node, ir.Value]:
 
 
 def _holds_product(node: ir.Node) -> bool:
-    """Return whether sums and scalings lead back to a matrix product."""
-    if node.op_type == "MatMul":
-        return True
-    makers = [value.producer() for value in node.inputs if value is not None]
-    return node.op_type in _SCORES and any(maker is not None and _holds_product(maker) for maker in makers)
+    """Return whether a node is a matrix product, a scaled one, or a sum with one of these."""
+    makers = [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
+    if node.op_type in ("Mul", "Div"):
+        return any(maker.op_type == "MatMul" for maker in makers)
+    return node.op_type == "MatMul" or (node.op_type == "Add" and any(map(_holds_product, makers)))
 
 
 def _scaled(node: ir.Node) -> tuple[ir.Node, float]:

@@ -30,6 +30,8 @@ Vectors = NDArray[np.float32]
 CHAINS: dict[str, str] = {
     "float32": "",
     "int8 g32": "  - quantize_rtn: {format: int8, group_size: 32, embedding: int8}\n",
+    "int8 per row": "  - quantize_int8: {activations: row, embedding: int8}\n",
+    "int8 static": "  - quantize_int8: {activations: static, calibration: documents, embedding: int8}\n",
     "int4 g32": "  - quantize_rtn: {format: int4, group_size: 32, embedding: int8}\n",
     "int4 g128": "  - quantize_rtn: {format: int4, group_size: 128, embedding: int8}\n",
 }
@@ -81,18 +83,20 @@ class Measured:
         }
 
 
-def build(name: str, steps: str, model: Path, work: Path) -> Path:
-    """Run a recipe without gates and return its artifact."""
-    slug = name.replace(" ", "-")
+def build(name: str, steps: str, options: argparse.Namespace) -> Path:
+    """Run a recipe without gates and return its artifact; documents are what static ranges are found on."""
+    slug, work = name.replace(" ", "-"), options.work
     recipe = work / f"{slug}.yaml"
-    recipe.write_text(f"name: {slug}\nmodel: {model.absolute()}\npasses:\n{steps}  - export_onnx\n", encoding="utf-8")
+    data = f"data:\n  documents: {{csv: {options.corpus.absolute()}, text: {options.text}}}\n"
+    text = f"name: {slug}\nmodel: {options.model.absolute()}\n{data}passes:\n{steps}  - export_onnx\n"
+    recipe.write_text(text, encoding="utf-8")
     optimizer.run(recipe, output=work / slug, store=work / "store")
     return work / slug
 
 
-def measure(name: str, artifact: Path, corpus: Texts, queries: Texts) -> Measured:
+def measure(name: str, artifact: Path, corpus: Texts, queries: Texts, threads: int | None) -> Measured:
     """Embed all texts and look up every query."""
-    documents, asked = (embed(artifact, each.texts) for each in (corpus, queries))
+    documents, asked = (embed(artifact, each.texts, threads) for each in (corpus, queries))
     size = sum((artifact / file).stat().st_size for file in ("model.onnx", "model.onnx.data"))
     hits = np.concatenate(
         [
@@ -104,9 +108,9 @@ def measure(name: str, artifact: Path, corpus: Texts, queries: Texts) -> Measure
     return Measured(name, size / 1e6, asked, hits)
 
 
-def embed(artifact: Path, texts: Sequence[str]) -> Vectors:
+def embed(artifact: Path, texts: Sequence[str], threads: int | None) -> Vectors:
     """Return the vectors of texts; those that this artifact made of them before are read from beside it."""
-    embedder = TextEmbedder.load(artifact)
+    embedder = TextEmbedder.load(artifact, threads=threads)
     name = hashlib.sha256("\0".join([embedder.manifest.digest, *texts]).encode()).hexdigest()[:16]
     path = artifact.with_name(f"{artifact.name}-{name}.npy")
     if not path.exists():
@@ -203,6 +207,7 @@ def main() -> None:
     parser.add_argument("--text", default="text", help="column with the text")
     parser.add_argument("--label", default="label", help="column with the label")
     parser.add_argument("--first", type=int, help="use only so many documents and queries, to try it out")
+    parser.add_argument("--threads", type=int, help="threads of the runtime; all there are if not given")
     parser.add_argument("--json", type=Path, help="write every per-query value here")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -214,8 +219,8 @@ def main() -> None:
     results = []
     for name, steps in CHAINS.items():
         say(f"{name}: building and embedding {len(corpus.texts) + len(queries.texts):,} texts")
-        artifact = build(name, steps, options.model, options.work)
-        results.append(measure(name, artifact, corpus, queries))
+        artifact = build(name, steps, options)
+        results.append(measure(name, artifact, corpus, queries, options.threads))
     say("plain transformers loop")
     context = TextEmbedder.load(options.work / "float32").manifest.context_length
     error = float(np.abs(plain(options.model, queries.texts, context) - results[0].queries).max())

@@ -137,7 +137,7 @@ class _Chain:
         )
         chain._score("source")
         chain.source_results = chain.results
-        chain._require_judgeable()
+        chain._require_judgeable(chain.results)
         return chain
 
     def steps(self, stop_after: str | None, must_end: bool) -> Iterator[Step]:
@@ -276,6 +276,7 @@ class _Chain:
         """Return every gate's verdict on the model as it is now, against the source."""
         gate = self.recipe.gate
         limits = [(name, budget) for name in self.recipe.evaluate for budget in self.recipe.limits(name)]
+        self._require_judgeable(self.results)
         fail_alpha = gate.fail_alpha or gate.alpha / max(1, len(limits) * len(self.recipe.passes))
         return tuple(
             Judged(
@@ -293,12 +294,12 @@ class _Chain:
             for name, budget in limits
         )
 
-    def _require_judgeable(self) -> None:
-        """Refuse, before any pass, a budget of a score that the task does not give or that no interval is known for."""
+    def _require_judgeable(self, results: Results) -> None:
+        """Refuse a budget of a score that a task does not give, or that no interval is known for."""
         for name in self.recipe.gate.budgets:
             for budget in self.recipe.limits(name):
                 try:
-                    require_judgeable(self.source_results[name].scores, budget)
+                    require_judgeable(results[name].scores, budget)
                 except ValueError as error:
                     raise CannotRun(f"gate.{name}.{error}") from None
 

@@ -133,8 +133,8 @@ class LmEval:
         return None
 
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> LmEvalInquiry:
-        """Return what lets lm-eval ask a model; the source's result is not needed."""
-        return LmEvalInquiry(self, items, items_hash(items, self.context))
+        """Return what lets lm-eval ask a model; the source's result says which metrics are right or wrong."""
+        return LmEvalInquiry(self, items, items_hash(items, self.context), source)
 
     def evaluate(self, lm: Any) -> Mapping[str, Any]:
         """Return what `lm_eval.evaluate` says, documents included."""
@@ -179,8 +179,8 @@ def chat_text(reader: TextReader, history: Sequence[Mapping[str, Any]], add_gene
 class LmEvalInquiry:
     """Lets lm-eval ask a model, and turns what it finds of each document into scores."""
 
-    def __init__(self, task: LmEval, items: Sequence[Item], name: str) -> None:
-        self._task, self._items, self._name = task, items, name
+    def __init__(self, task: LmEval, items: Sequence[Item], name: str, source: TaskResult | None) -> None:
+        self._task, self._items, self._name, self._source = task, items, name, source
         self._found: Mapping[str, Any] = {}
         self._broken: set[tuple[str, int]] = set()
         self._cut: set[tuple[str, int]] = set()
@@ -220,13 +220,20 @@ class LmEvalInquiry:
         return TaskResult(scores)
 
     def _scores(self, name: str, groups: tuple[str, ...], values: Sequence[Any]) -> Scores:
-        if not all(isinstance(value, bool | int | float | np.number) and value in (0, 1) for value in values):
+        if not self._is_right_or_wrong(name, values):
             return Scores(name, self._name, groups, {}, self._aggregated(name))
         is_broken = np.array([_key(group) in self._broken for group in groups])
         correct = np.array(values, bool)
         if is_broken.any():
             correct = np.where(is_broken, np.nan, correct)
         return Scores("accuracy", self._name, groups, {"correct": correct}, float(np.mean(correct)))
+
+    def _is_right_or_wrong(self, name: str, values: Sequence[Any]) -> bool:
+        """Say whether every value is 0 or 1, and was for the source."""
+        before = None if self._source is None else self._source.scores.get(name)
+        if before is not None and before.metric != "accuracy":
+            return False
+        return all(isinstance(value, bool | int | float | np.number) and value in (0, 1) for value in values)
 
     def _aggregated(self, name: str) -> float:
         """Return lm-eval's own number, NaN where there are several tasks, or where the model gave no number."""

@@ -176,6 +176,11 @@ def test_the_special_tokens_of_the_tokenizer_come_first(tmp_path):
     assert load(tmp_path, reader, {"q": "<s> a", "c": ["b", "c"], "a": 0})[0].ids == (0, 2)
 
 
+def test_a_choice_is_as_long_as_its_characters_whatever_stands_before_it(tmp_path, reader):
+    items = load(tmp_path, reader, {"q": "a ", "c": ["b \N{EURO SIGN}", "c"], "a": 0})
+    assert [item.characters for item in items] == [3, 1]
+
+
 def test_white_space_at_the_end_of_a_prompt_belongs_to_the_choice(tmp_path, reader):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness on our scorers, beside its own model on the same requests."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from optimizer.errors import CannotRun
 from optimizer.evaluate.choice import Choice, LikelihoodTally
 from optimizer.evaluate.items import TextReader, items_hash, load_items
 from optimizer.evaluate.lm_eval import LmEval
+from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.run import evaluate, show
 from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
 from optimizer.gate import Budget, judge
@@ -244,6 +246,15 @@ def test_a_task_that_samples_is_refused(tmp_path, scorer, reader):
 def test_lm_eval_says_nothing_on_the_terminal(tmp_path, scorer, reader, capfd):
     ours(task(tmp_path, CHOICE), scorer, reader)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_source_decides_which_metrics_are_right_or_wrong(tmp_path, scorer, reader):
+    given = task(tmp_path, CHOICE)
+    items = load_items({"l": given}, {}, reader)["l"]
+    found = evaluate({"l": given}, {"l": items}, scorer, reader=reader)["l"].scores
+    reported = TaskResult({"acc": replace(found["acc"], metric="acc")})
+    again = evaluate({"l": given}, {"l": items}, scorer, {"l": reported}, reader=reader)["l"].scores
+    assert (again["acc"].metric, again["acc_norm"].metric) == ("acc", "accuracy")
 
 
 # ---- without lm-eval

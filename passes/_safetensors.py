@@ -55,6 +55,10 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    def read(self) -> torch.Tensor:
+        """Read it in its own dtype."""
+        return read_tensor(self)
+
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file, in the order of their data.

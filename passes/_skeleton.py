@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from passes._checkpoint import StoredTensor, stored_tensors
 from passes._kind import architecture_of
 from passes._quantized import LayerSpec, quantized, read_specs
-from passes._safetensors import TensorEntry, read_tensor, tensor_index
 from passes.base import Model, PassError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Skeleton:
             from the configuration (rotary frequencies) are real.
         specs: module name -> how it is quantized.
         ties: parameter name -> all names of that parameter, where it has several.
-        entries: stored tensor name -> where it lies.
+        entries: stored tensor name -> how to read it.
     """
 
     def __init__(self, model: Model, attention: str = "sdpa") -> None:
@@ -41,7 +41,7 @@ class Skeleton:
         self.module = build_module(model.config, attention)
         self.specs: dict[str, LayerSpec] = read_specs(model.folder)
         self.ties = _ties(self.module)
-        self.entries: Mapping[str, TensorEntry] = tensor_index(model.folder)
+        self.entries: Mapping[str, StoredTensor] = stored_tensors(model.folder, self.module)
         for name, spec in self.specs.items():
             self.module.set_submodule(name, quantized(self.module.get_submodule(name), spec))
         self.blocks = block_names(self.module)
@@ -87,7 +87,7 @@ class Skeleton:
 
     def read(self, tensor: str) -> torch.Tensor:
         """Read one tensor, floating point as float32."""
-        value = read_tensor(self.entries[self.stored_name(tensor)])
+        value = self.entries[self.stored_name(tensor)].read()
         return value.float() if value.is_floating_point() else value
 
     @contextmanager
@@ -104,7 +104,7 @@ class Skeleton:
         One that is tied, and stored as another module's, stays on the meta device.
         """
         tensors = {tensor: stored for tensor, stored in self.tensors(name).items() if self.owns(name, tensor)}
-        with self._filled(tensors, lambda tensor: read_tensor(self.entries[self.stored_name(tensor)])):
+        with self._filled(tensors, lambda tensor: self.entries[self.stored_name(tensor)].read()):
             yield
 
     @contextmanager

@@ -25,7 +25,6 @@ from passes._safetensors import (
     SafetensorsError,
     read_header,
     read_metadata,
-    read_tensor,
     write_safetensors,
 )
 from passes._skeleton import Skeleton
@@ -202,7 +201,7 @@ def _part(
         elif isinstance(new, torch.Tensor):
             tensors[tensor] = new
         else:
-            tensors[tensor] = read_tensor(skeleton.entries[skeleton.stored_name(tensor)])
+            tensors[tensor] = skeleton.entries[skeleton.stored_name(tensor)].read()
     return tensors
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 from optimizer.errors import CannotRun, CommandError, OptimizeError
 from optimizer.schema import written
 from optimizer.source import CONFIGURATION_FILES, NOTICE_FILES, Source, eos_token_ids
-from passes._kind import Kind, kind_of
+from passes._kind import Kind, kind_of, vocabulary_size
 from passes._sentence import context_length, score_activation, sentence_settings
 from passes.base import Model
 from runtime.artifact import (
@@ -224,8 +224,8 @@ def _describe(source: Source, model: Model, folder: Path) -> Manifest:
         graphs={"model": GRAPH},
         inputs=inputs,
         outputs=outputs,
-        context_length=context_length(model.assets, config) or int(config["max_position_embeddings"]),
-        vocabulary=int(config["vocab_size"]),
+        context_length=context_length(model.assets, config),
+        vocabulary=vocabulary_size(config),
         lineage=Lineage(source.base_model, source.revision, source.license),
         kv_cache=_kv_cache(inputs),
         eos_token_ids=eos_token_ids(folder, config) if kind == "decoder" else (),

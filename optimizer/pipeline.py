@@ -29,9 +29,9 @@ from optimizer.record import Judged, Run, SizeVerdict, Step
 from optimizer.report import Reporter, Style
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.store import Store, default_limit, default_root
-from passes._kind import kind_of
+from passes._kind import kind_of, require_sizes
 from passes._sentence import require_sentence
-from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, Stage
+from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, Stage, no_progress
 from runtime.errors import ServingError
 from runtime.threads import default_threads
 
@@ -135,6 +135,8 @@ class _Chain:
         chain = cls(
             recipe, store, told, source, threads, reader, source.model, key, items, calibration, {}, {}, Scored()
         )
+        for each in recipe.passes:
+            chain._admit(each)
         chain._score("source")
         chain.source_results = chain.results
         chain._require_judgeable(chain.results)
@@ -185,6 +187,22 @@ class _Chain:
         contents = Contents(self.recipe.text, lock_text(inputs), card, write_evidence)
         return write_artifact(folder, self.source, self.model, contents).digest
 
+    def _admit(self, each: Pass) -> None:
+        """Let a pass refuse the architecture before anything is done; the store remembers that it did not."""
+        key = fingerprint(["admitted", self.source.model.config, _pass_identity(each), SEED, versions(), machine()])
+
+        def ask(folder: Path) -> Mapping[str, Any]:
+            with self.told.progress(f"{each.name()}: trying the architecture"), _quiet_libraries():
+                each.admits(self.source.model, self._context(each, folder, no_progress))
+            return {}
+
+        if type(each).admits is not Pass.admits and not each.optional:
+            self.store.get_or_build(key, ask)
+
+    def _context(self, each: Pass, folder: Path, progress: Any) -> Context:
+        device, calibration = self.recipe.target.device, self.calibration[each]
+        return Context(folder, self.source.model, device, self.threads, SEED, progress, calibration)
+
     def _step(self, each: Pass) -> Step:
         shown = _hashes(self.calibration[each])
         key = fingerprint([self.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
@@ -219,8 +237,7 @@ class _Chain:
         torch.set_num_threads(self.threads)
         _give_back_freed_memory()
         torch.manual_seed(SEED)
-        device, calibration = self.recipe.target.device, self.calibration[each]
-        context = Context(folder, self.source.model, device, self.threads, SEED, progress, calibration)
+        context = self._context(each, folder, progress)
         with _quiet_libraries():
             each.requires(self.model)
             result = each.run(self.model, context)
@@ -320,13 +337,10 @@ def _require_sizes(model: Model) -> None:
     Raises:
         CannotRun: names the first key that is missing or no size.
     """
-    where, named = model.folder / "config.json", model.config.get("architectures")
-    if not isinstance(named, list) or not named:
-        raise CannotRun(f"{where}: architectures: got {named!r}, expected a class, such as ['LlamaForCausalLM']")
-    for key in ("vocab_size", "max_position_embeddings"):
-        value = model.config.get(key)
-        if type(value) is not int or value < 1:
-            raise CannotRun(f"{where}: {key}: got {value!r}, expected a whole number of at least 1")
+    try:
+        require_sizes(model.config)
+    except PassError as error:
+        raise CannotRun(f"{model.folder}/{error}") from error
 
 
 def _weights_bytes(model: Model) -> int:

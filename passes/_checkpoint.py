@@ -83,7 +83,7 @@ class Converted:
         Raises:
             PassError: the conversion fails, or gives no tensor of this name and shape.
         """
-        converter = deepcopy(self.converter)
+        converter: Any = deepcopy(self.converter)  # annotated for futures; it takes anything that can be called, too
         for pattern, entry in self.sources:
             converter.collected_tensors[pattern].append(entry.read)
         try:

@@ -10,9 +10,18 @@ from passes._skeleton import Skeleton
 from passes._trace import trace_decoder, trace_encoder
 
 
-def lower(skeleton: Skeleton) -> ir.Model:
-    """Return the artifact's graph of a torch-stage model, its weights still on disk."""
-    model = trace_decoder(skeleton) if kind_of(skeleton.config) == "decoder" else trace_encoder(skeleton)
+def lower(skeleton: Skeleton, route: str = "fused", takes_batches: bool = True) -> ir.Model:
+    """Return the artifact's graph of a torch-stage model, its weights still on disk.
+
+    Args:
+        skeleton: the model.
+        route: by which a decoder's attention is traced, one of `_attention.ROUTES`.
+        takes_batches: of a decoder; else its inputs are declared to have one row.
+    """
+    if kind_of(skeleton.config) == "decoder":
+        model = trace_decoder(skeleton, route, takes_batches)
+    else:
+        model = trace_encoder(skeleton)
     tidy(model)
     _merge_tied(model, skeleton)
     _flatten_tables(model)

@@ -7,7 +7,7 @@ activations are switched off on both sides: their rounding would hide an error o
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from passes._exact import exact_graph
-from passes._kind import kind_of
+from passes._kind import first_line, kind_of, vocabulary_size
 from passes._pooling import Pooling, encode, pooling_of
 from passes._quantized import IntegerLinear, QuantizedLinear
 from passes._walk import walk
-from passes.base import Context, Model
+from passes.base import Context, Model, PassError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,30 +53,44 @@ class Probe:
     Attributes:
         ids: a decoder's one sequence; empty for an encoder.
         splits: lengths of the steps in which a graph runs that sequence; torch runs it in one pass.
+        ragged: lengths of beginnings of that sequence that a graph runs as one right-padded batch, and then one token
+            further, which shows a row that reads another row's positions, mask or cache.
         feed: an encoder's right-padded batch; empty for a decoder.
     """
 
     ids: tuple[int, ...]
     splits: tuple[int, ...]
+    ragged: tuple[int, ...]
     feed: Mapping[str, Array]
 
     @classmethod
     def random(cls, config: Mapping[str, Any], seed: int, splits: tuple[int, ...] = SPLITS) -> Probe:
         """Draw inputs for a model of this `config.json`; id 0, often padding, is left out."""
         rng = np.random.default_rng(seed)
-        vocabulary = int(config["vocab_size"])
+        vocabulary = vocabulary_size(config)
         if kind_of(config) == "decoder":
-            return cls(tuple(rng.integers(1, vocabulary, sum(splits)).tolist()), splits, {})
-        lengths, width = np.array([11, 7, 1]), 11
+            total = sum(splits)
+            return cls(tuple(rng.integers(1, vocabulary, total).tolist()), splits, (total // 4, total - 1), {})
+        lengths, width = np.array([23, 7, 1]), 23
         mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
         types = ((np.arange(width) >= lengths[:, None] // 2) & (mask == 1)).astype(np.int64)
         ids = rng.integers(1, vocabulary, mask.shape)
-        return cls((), (), {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
+        return cls((), (), (), {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
 
     def graph(self, folder: Path, threads: int) -> Array:
         """Return the answer of the graph of an onnx stage."""
         runner = GraphRunner(folder, threads)
-        return runner.decode(self.ids, self.splits) if self.ids else self._real_tokens(runner.encode(self.feed))
+        if not self.ids:
+            return self._real_tokens(runner.encode(self.feed))
+        alone = runner.decode(self.ids, self.splits)
+        return np.concatenate([alone, runner.decode_batch(self.ids, self.ragged)]) if runner.takes_batches else alone
+
+    def error(self, got: Array, want: Array) -> float:
+        """Return the error of a graph's answer over the range of torch's.
+
+        A graph that takes one row at a time answers for that row alone.
+        """
+        return range_error(got, want[: len(self.ids)] if len(got) == len(self.ids) > 0 else want)
 
     def torch(self, module: PreTrainedModel, pooling: Pooling | None = None) -> Array:
         """Return the answer of a torch module, an embedder's pooled as `pooling` says."""
@@ -85,7 +99,7 @@ class Probe:
                 child.exact_activations = True
         if self.ids:
             logits: Array = module(input_ids=torch.tensor([self.ids]), use_cache=False).logits[0].numpy()
-            return logits
+            return logits[self._asked()]
         tensors = {name: torch.tensor(value) for name, value in self.feed.items()}
         if getattr(module.config, "type_vocab_size", 0) < 2:
             tensors.pop("token_type_ids")
@@ -95,6 +109,11 @@ class Probe:
         """Return the answer of a torch stage, one block of its weights in memory at a time."""
         pooling = pooling_of(skeleton.assets, skeleton.config)
         return next(walk(skeleton, [lambda module: self.torch(module, pooling)]))[1]
+
+    def _asked(self) -> list[int]:
+        """Return the positions whose logits `graph` gives, in its order."""
+        beginnings = [position for length in self.ragged for position in range(length)]
+        return [*range(len(self.ids)), *beginnings, *self.ragged]
 
     def _real_tokens(self, out: Array) -> Array:
         """Return the numbers of real tokens alone: what stands at padding means nothing."""
@@ -115,28 +134,41 @@ class GraphRunner:
         self.folder, self.threads = folder, threads
         self.graph = exact_graph(folder)
         self.inputs = {value.name: value for value in self.graph.graph.input}
+        rows = self.graph.graph.input[0].type.tensor_type.shape.dim[0]
+        self.takes_batches = not rows.HasField("dim_value")
 
     def decode(self, ids: Sequence[int], splits: Sequence[int]) -> Array:
         """Return the logits [T, V] of all positions of one sequence, run in steps of the given lengths."""
-        past = {}
-        for name, value in self.inputs.items():
-            if name.startswith("past."):
-                heads, width = (value.type.tensor_type.shape.dim[axis].dim_value for axis in (1, 3))
-                past[name] = np.zeros((1, heads, len(ids), width), np.float32)
         feeds: list[dict[str, Array]] = []
         start = 0
         for length in splits:
             end = start + length
-            feeds.append(
-                {
-                    "input_ids": np.array([ids[start:end]], np.int64),
-                    "seqlens_k": np.array([end - 1], np.int32),
-                    "total_sequence_length": np.array([end], np.int32),
-                    "logits_positions": np.arange(length, dtype=np.int64),
-                }
-            )
+            feeds.append(_step([ids[start:end]], [end], range(length)))
             start = end
-        return np.concatenate(self._run(feeds, past))
+        return np.concatenate(self._run(feeds, self._empty_past(1, len(ids))))
+
+    def decode_batch(self, ids: Sequence[int], lengths: Sequence[int]) -> Array:
+        """Return the logits of beginnings of `ids`, run as one batch, and of one more token of each, run as one step.
+
+        Rows are those of the first beginning, of the second, ..., then one for each of the tokens that follow.
+        """
+        width = max(lengths)
+        rows = [[*ids[:length], *[0] * (width - length)] for length in lengths]
+        real = [row * width + position for row, length in enumerate(lengths) for position in range(length)]
+        following = [[ids[length]] for length in lengths]
+        steps = [
+            _step(rows, lengths, real),
+            _step(following, [length + 1 for length in lengths], range(len(lengths))),
+        ]
+        return np.concatenate(self._run(steps, self._empty_past(len(lengths), width + 1)))
+
+    def _empty_past(self, rows: int, capacity: int) -> dict[str, Array]:
+        past = {}
+        for name, value in self.inputs.items():
+            if name.startswith("past."):
+                heads, width = (value.type.tensor_type.shape.dim[axis].dim_value for axis in (1, 3))
+                past[name] = np.zeros((rows, heads, capacity, width), np.float32)
+        return past
 
     def encode(self, feed: Mapping[str, Array]) -> Array:
         """Return the first output for named inputs; those the graph lacks are left out."""
@@ -156,13 +188,30 @@ class GraphRunner:
             session = part.session({**steps[0], **past}, self.folder, self.threads)
             for step in steps:
                 feed = {name: step[name] if name in step else past[name] for name in part.inputs}
-                out = dict(zip(part.outputs, session.run(part.outputs, feed), strict=True))
+                out = dict(zip(part.outputs, _answers(session, part.outputs, feed), strict=True))
                 past |= {name.replace("present.", "past."): out.pop(name) for name in list(out) if "present." in name}
                 step |= out
                 for name in step.keys() - kept:
                     del step[name]
             past = {name: value for name, value in past.items() if name in later}
         return [step[self.graph.graph.output[0].name] for step in steps]
+
+
+def _answers(session: ort.InferenceSession, outputs: list[str], feed: Mapping[str, Array]) -> list[Array]:
+    try:
+        return list(session.run(outputs, feed))
+    except Exception as error:  # onnxruntime's own classes share no base but Exception
+        raise PassError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
+
+
+def _step(ids: Sequence[Sequence[int]], ends: Sequence[int], rows: Iterable[int]) -> dict[str, Array]:
+    """Return the inputs of one run: ids [B, T], each row's length after it, flat positions whose logits are wanted."""
+    return {
+        "input_ids": np.array(ids, np.int64),
+        "seqlens_k": np.array(ends, np.int32) - 1,
+        "total_sequence_length": np.array([max(ends)], np.int32),
+        "logits_positions": np.fromiter(rows, np.int64),
+    }
 
 
 class _Part:
@@ -190,7 +239,10 @@ class _Part:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        return ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes share no base but Exception
+            raise PassError(f"onnxruntime refuses the graph: {first_line(error)}") from error
 
 
 def _parts(model: onnx.ModelProto) -> list[list[onnx.NodeProto]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from passes._kind import kind_of
+from passes._kind import kind_of, position_limit
 from passes.base import PassError
 
 MODULES = "modules.json"
@@ -144,8 +144,8 @@ def score_activation(folder: Path, config: Mapping[str, Any]) -> Activation | No
     return "sigmoid" if name == "sigmoid" else "identity"
 
 
-def context_length(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """Return the most tokens that a model takes at once; None where nothing says.
+def context_length(folder: Path, config: Mapping[str, Any]) -> int:
+    """Return the most tokens that a model takes at once.
 
     A decoder's is that of its positions; an encoder's the least of its positions, its tokenizer's limit and what its
     sentence-transformers files say.
@@ -153,13 +153,12 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int | None:
     Raises:
         PassError: as `sentence_settings`.
     """
-    text = config.get("text_config", config)
-    limits = [text.get("max_position_embeddings", text.get("n_positions"))]
+    limits: list[Any] = []
     if kind_of(config) != "decoder":
         settings = sentence_settings(folder, config)
         limits += [_read(folder / "tokenizer_config.json").get("model_max_length")]
         limits += [settings.max_tokens if settings else None]
-    return min((int(limit) for limit in limits if _is_limit(limit)), default=None)
+    return min([position_limit(config)[0], *(int(limit) for limit in limits if _is_limit(limit))])
 
 
 def _is_limit(value: object) -> bool:

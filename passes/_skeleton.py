@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from passes._checkpoint import StoredTensor, stored_tensors
-from passes._kind import architecture_of
+from passes._kind import SWITCHING_ROPES, architecture_of, first_line, typed_config
 from passes._quantized import LayerSpec, quantized, read_specs
 from passes.base import Model, PassError
 
@@ -147,11 +147,10 @@ def build_module(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
     import transformers
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    architecture = architecture_of(config)
+    architecture, typed = architecture_of(config), typed_config(config)
     cls = getattr(transformers, architecture, None)
-    if cls is None or config.get("model_type") not in CONFIG_MAPPING:
+    if cls is None:
         raise PassError(
             f"config.json: architecture {architecture} ({config.get('model_type')}) is not in transformers "
             f"{transformers.__version__}; a newer release may have it"
@@ -159,15 +158,34 @@ def build_module(config: Mapping[str, Any], attention: str) -> PreTrainedModel:
     if attention == "sdpa" and not cls._supports_sdpa:
         attention = "eager"
     try:
-        typed = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
         with init_empty_weights(include_buffers=False), no_init_weights():
             module: PreTrainedModel = cls._from_config(typed, attn_implementation=attention, dtype=torch.float32)
         module.tie_weights()
     except Exception as error:  # transformers checks a configuration by what happens to go wrong
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PassError(f"config.json: transformers cannot build {architecture} from it: {reason[:300]}") from error
+        raise PassError(
+            f"config.json: transformers cannot build {architecture} from it: {first_line(error)}"
+        ) from error
     module.eval().requires_grad_(False)
+    _hold_rope(module)
     return module
+
+
+def _hold_rope(module: nn.Module) -> None:
+    """Let rotary embeddings that would switch with the length keep the angles they begin with.
+
+    They would turn keys by other angles than those that are in the cache already; `position_limit` ends before that.
+    """
+    for child in module.modules():
+        rotary: Any = child
+        kinds = getattr(rotary, "rope_type", None)
+        if isinstance(kinds, dict):
+            rotary.rope_type = {layer: _held(kind) for layer, kind in kinds.items()}
+        elif isinstance(kinds, str):
+            rotary.rope_type = _held(kinds)
+
+
+def _held(kind: str) -> str:
+    return "default" if kind in SWITCHING_ROPES else kind
 
 
 def block_names(module: nn.Module) -> list[str]:

@@ -6,43 +6,45 @@ its tensor from the stage's files when, and only when, the graph is written.
 
 from __future__ import annotations
 
+import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 
+from passes._attention import Route, Step, cache_shapes
+from passes._attention import route as route_named
 from passes._pooling import Pooling, encode, pooling_of
 from passes._quantized import OPSET
 from passes._skeleton import Skeleton
 from passes.base import PassError
 
 IR_VERSION = 11
-GQA = "grouped_query_attention"
 _DYNAMIC = torch.export.Dim.DYNAMIC
 
 
-def trace_decoder(skeleton: Skeleton) -> ir.Model:
-    """Return one graph for prefill, chunk and decode, with attention as `com.microsoft::GroupQueryAttention`.
+def trace_decoder(skeleton: Skeleton, by: str, takes_batches: bool) -> ir.Model:
+    """Return one graph for prefill, chunk and decode; `by` names the route of its attention.
 
     Raises:
-        PassError: some attention layer of this family does not go through transformers' attention interface.
+        PassError: this family does not take that route.
     """
-    attention = _GroupedQueryAttention()
-    AttentionInterface.register(GQA, attention)
-    AttentionMaskInterface.register(GQA, _no_mask)
-    skeleton.module.set_attn_implementation(GQA)
-    graph = _Decoder(skeleton.module, attention)
-    layers, heads, width = cache_shape(skeleton.module.config)
+    module = skeleton.module
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation("batched_mm")
+    with _weightless(module), _quiet(), torch.no_grad():
+        shapes = cache_shapes(module)
+    route = route_named(by, shapes)
     batch, tokens = 2, 3
-    past = [torch.zeros(batch, heads, 16, width) for _ in range(2 * layers)]
+    widths = [(shape.heads, width) for shape in shapes for width in (shape.key_width, shape.value_width)]
+    past = [torch.zeros(batch, heads, 16, width) for heads, width in widths]
     arguments = (
         torch.zeros(batch, tokens, dtype=torch.int64),
         torch.full((batch,), tokens - 1, dtype=torch.int32),
@@ -50,25 +52,23 @@ def trace_decoder(skeleton: Skeleton) -> ir.Model:
         torch.arange(5),
         past,
     )
-    shapes: Any = (
+    axes: Any = (
         {0: _DYNAMIC, 1: _DYNAMIC},
         {0: _DYNAMIC},
         {},
         {0: _DYNAMIC},
         [{0: _DYNAMIC, 2: _DYNAMIC}] * len(past),
     )
-    cache = [f"{layer}.{side}" for layer in range(layers) for side in ("key", "value")]
+    cache = [f"{layer}.{side}" for layer in range(len(shapes)) for side in ("key", "value")]
     inputs = ["input_ids", "seqlens_k", "total_sequence_length", "logits_positions", *(f"past.{x}" for x in cache)]
-    model = _trace(skeleton, graph, arguments, shapes, inputs, ["logits", *(f"present.{x}" for x in cache)])
-    if attention.layers_seen != set(range(layers)):
-        raise PassError(
-            f"export_onnx: {len(attention.layers_seen)} of {layers} attention layers of "
-            f"{type(skeleton.module).__name__} use transformers' attention interface; the others cannot be lowered yet"
-        )
-    axes = {"input_ids": ["batch", "tokens"], "seqlens_k": ["batch"], "logits_positions": ["rows"]}
-    for name in cache:
-        axes[f"past.{name}"] = axes[f"present.{name}"] = ["batch", str(heads), "capacity", str(width)]
-    _name_axes(model, axes | {"logits": ["rows", str(skeleton.module.config.vocab_size)]})
+    with route.installed(module):
+        graph = _Decoder(module, route)
+        model = _trace(skeleton, graph, arguments, axes, inputs, ["logits", *(f"present.{x}" for x in cache)])
+    rows = "batch" if takes_batches else "1"
+    names = {"input_ids": [rows, "tokens"], "seqlens_k": [rows], "logits_positions": ["rows"]}
+    for name, (heads, width) in zip(cache, widths, strict=True):
+        names[f"past.{name}"] = names[f"present.{name}"] = [rows, str(heads), "capacity", str(width)]
+    _name_axes(model, names | {"logits": ["rows", str(module.config.get_text_config().vocab_size)]})
     return model
 
 
@@ -95,110 +95,13 @@ def trace_encoder(skeleton: Skeleton) -> ir.Model:
     return model
 
 
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """Return layers, key/value heads and head width of a decoder's configuration.
-
-    Raises:
-        PassError: it is of another kind, such as a state-space model.
-    """
-    config = config.get_text_config(decoder=True)
-    if not hasattr(config, "num_attention_heads"):
-        raise PassError(
-            f"export_onnx: {config.model_type} has no attention heads; only attention models can be lowered"
-        )
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, kv_heads, width
-
-
-class _GroupedQueryAttention:
-    """The attention function that transformers calls while a decoder is traced."""
-
-    def __init__(self) -> None:
-        self.cache: _GraphCache | None = None
-        self.layers_seen: set[int] = set()
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Emit the operator: query [B, H, T, E], key and value [B, K, T, E] -> [B, T, H, E]."""
-        assert self.cache is not None
-        B, H, T, E = query.shape
-        K = key.shape[1]
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        past_key, past_value = self.cache.past[layer]
-        attributes: dict[str, Any] = {
-            "num_heads": H,
-            "kv_num_heads": K,
-            "scale": float(E**-0.5 if scaling is None else scaling),
-            "local_window_size": int(sliding_window or -1),
-            "softcap": float(softcap or 0),
-        }
-        out, *present = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (
-                query.transpose(1, 2).reshape(B, T, H * E),
-                key.transpose(1, 2).reshape(B, T, K * E),
-                value.transpose(1, 2).reshape(B, T, K * E),
-                past_key,
-                past_value,
-                self.cache.seqlens_k,
-                self.cache.total,
-            ),
-            attributes,
-            dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-            shapes=((B, T, H * E), past_key.shape, past_value.shape),
-            version=1,
-        )
-        self.cache.present[layer] = present
-        self.layers_seen.add(layer)
-        return out.reshape(B, T, H, E), None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Return no mask: GroupQueryAttention masks by length and window itself."""
-
-
-class _GraphCache(Cache):
-    """Hands the graph's past tensors to the attention function, which appends to them inside the graph."""
-
-    def __init__(self, past: Sequence[torch.Tensor], seqlens_k: torch.Tensor, total: torch.Tensor) -> None:
-        super().__init__(layers=[])
-        self.past = list(zip(past[::2], past[1::2], strict=True))
-        self.seqlens_k, self.total = seqlens_k, total
-        self.present: dict[int, list[torch.Tensor]] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the new keys and values alone: the operator joins them with the past."""
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: positions come from `position_ids`, never from the cache."""
-        return 0
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """Return sizes of a mask that is not made."""
-        return 1, 0
-
-
 class _Decoder(nn.Module):
     """A causal LM as the graph sees it: flat past in, logits of the named positions and flat present out."""
 
-    def __init__(self, model: nn.Module, attention: _GroupedQueryAttention) -> None:
+    def __init__(self, model: PreTrainedModel, route: Route) -> None:
         super().__init__()
-        self.wrapped, self.attention = model, attention
+        self.wrapped, self.route = model, route
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def forward(
         self,
@@ -209,16 +112,17 @@ class _Decoder(nn.Module):
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         tokens = input_ids.shape[1]
-        cache = self.attention.cache = _GraphCache(past, seqlens_k, total)
         start = (seqlens_k.to(torch.int64) + 1 - tokens).clamp(min=0)
         positions = start[:, None] + torch.arange(tokens)[None]
-        head = self.wrapped.get_output_embeddings()  # type: ignore[operator]
+        cache = self.route.begin(Step(positions, seqlens_k, total, past))
+        head = self.wrapped.get_output_embeddings()
         rows = head.register_forward_pre_hook(
             lambda _, hidden: (hidden[0].flatten(0, 1).index_select(0, logits_positions)[None], *hidden[1:])
         )
+        given = {"position_ids": positions} if self.takes_positions else {}
         with _removed_after(rows):
-            out = self.wrapped(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        return out.logits[0], [side for layer in sorted(cache.present) for side in cache.present[layer]]
+            out = self.wrapped(input_ids=input_ids, past_key_values=cache, use_cache=True, **given)
+        return out.logits[0], self.route.present()
 
 
 class _Encoder(nn.Module):
@@ -255,6 +159,8 @@ def _trace(
                 optimize=False,
                 verbose=False,
             )
+    except PassError:
+        raise
     except Exception as error:  # whatever an architecture nobody has tried makes torch raise
         cause = error.__cause__ or error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
@@ -326,11 +232,11 @@ def _removed_after(hook: Any) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks: what fails is raised."""
+    """Silence the exporter's remarks and dumps: what fails is raised."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

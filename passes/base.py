@@ -128,6 +128,12 @@ class Pass:
         """Return the recipe key: the class name in snake case, which is also the file's name."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
+    def admits(self, source: Model, ctx: Context) -> None:
+        """Raise PassError when no model of this source's architecture can be taken; asked before any pass has run.
+
+        `source` is at stage torch, whatever stage this pass reads. May take seconds, for the answer is kept.
+        """
+
     def requires(self, model: Model) -> None:
         """Raise PassError when this model cannot be taken."""
 

@@ -30,6 +30,7 @@ class FuseGqa(GraphPass):
         import numpy as np
         import onnx_ir as ir
 
+        from passes._kind import position_limit
         from passes._match import Refusal, made_by, require
         from passes._pack import pack_linears
         from passes._rotation import match_rotation
@@ -41,7 +42,7 @@ class FuseGqa(GraphPass):
         require(same, "query and key turn by different angles")
         width = int(node.inputs[3].shape[3])  # type: ignore[union-attr,index,arg-type]
         require(2 * query.frequencies.size == width, f"{2 * query.frequencies.size} of {width} features are rotated")
-        tables = query.tables(graph, int(model.config["max_position_embeddings"]))
+        tables = query.tables(graph, position_limit(model.config)[0])
         layer = str(node.inputs[3].name).split(".")[1]  # type: ignore[union-attr]
         for layout, rotation in zip(layouts, (query, key), strict=True):
             layout.replace_input_with(0, rotation.unrotated)

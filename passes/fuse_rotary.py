@@ -33,6 +33,7 @@ class FuseRotary(GraphPass):
 
         from passes._graph import MICROSOFT
         from passes._heads import heads_of
+        from passes._kind import position_limit
         from passes._match import axes, insert, new_constant, only_user, require, same, substitute
         from passes._rotation import match_rotation
 
@@ -46,7 +47,7 @@ class FuseRotary(GraphPass):
         rows, positions, _ = axes(rotation.angles, 3)
         require(rows == 1 and same(positions, tokens), f"{positions} angles turn {tokens} tokens")
         _require_counted(rotation.positions)
-        tables = rotation.tables(graph, int(model.config["max_position_embeddings"]))
+        tables = rotation.tables(graph, position_limit(model.config)[0])
         start = new_constant(graph, "rotary.start", np.zeros(1, np.int64))
         inputs = [heads.flat(graph, addition), start, *tables]
         rotate = ir.node("RotaryEmbedding", inputs, {"num_heads": heads.heads}, domain=MICROSOFT)

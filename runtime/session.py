@@ -65,13 +65,21 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a decoder graph's own inputs and outputs say."""
+    """What a decoder graph's own inputs and outputs say.
+
+    Attributes:
+        small: its inputs beside the cache.
+        cache: `LAYER.key` and `LAYER.value` -> heads and head width, which may differ from layer to layer.
+        vocabulary: width of its logits.
+    """
 
     small: tuple[str, ...]
-    layers: int
-    heads: int
-    head_width: int
+    cache: Mapping[str, tuple[int, int]]
     vocabulary: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.cache) // 2
 
 
 class DecoderSession:
@@ -97,7 +105,8 @@ class DecoderSession:
         self._session = open_graph(model, threads)
         signature = _decoder_signature(Path(model), self._session)
         self.capacity = capacity
-        self.layers, self.heads, self.head_width = signature.layers, signature.heads, signature.head_width
+        self.layers = signature.layers
+        self.heads, self.head_width = signature.cache["0.key"]
         self.vocabulary = signature.vocabulary
         self._cache = _reserve_cache(signature, capacity)
         self._decode = _Binding(self._session, signature, self._cache, tokens=1, rows=1)
@@ -190,12 +199,11 @@ class _Binding:
 
 def _reserve_cache(signature: _Signature, capacity: int) -> dict[str, Any]:
     """Return one buffer [1, K, capacity, E] per layer and side; untouched pages of large ones take no memory."""
-    shape = (1, signature.heads, capacity, signature.head_width)
-    names = [f"{layer}.{side}" for layer in range(signature.layers) for side in ("key", "value")]
+    shapes = {name: (1, heads, capacity, width) for name, (heads, width) in signature.cache.items()}
     try:
-        return {name: _on_cpu(np.zeros(shape, np.float32)) for name in names}
+        return {name: _on_cpu(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
     except MemoryError:
-        size = len(names) * int(np.prod(shape, dtype=np.int64)) * 4 >> 20
+        size = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * 4 >> 20
         raise SessionError(f"capacity: {capacity} tokens need {size} MiB of cache; ask for a smaller context") from None
 
 
@@ -222,12 +230,12 @@ def _decoder_signature(path: Path, session: Any) -> _Signature:
         raise SessionError(f"{path}: lacks the input {missing[0]}; export it again")
     if wrong := [name for name, item in past.items() if item.type != "tensor(float)"]:
         raise SessionError(f"{path}: {wrong[0]}: got {past[wrong[0]].type}, expected a float32 cache")
-    heads, _, head_width = past["past.0.key"].shape[1:]
     vocabulary = outputs["logits"].shape[-1]
-    if not all(isinstance(size, int) for size in (heads, head_width, vocabulary)):
-        got = [heads, head_width, vocabulary]
+    cache = {name: (past[f"past.{name}"].shape[1], past[f"past.{name}"].shape[3]) for name in sorted(names)}
+    if not all(isinstance(size, int) for size in (vocabulary, *(size for sizes in cache.values() for size in sizes))):
+        got = [*cache["0.key"], vocabulary]
         raise SessionError(f"{path}: got heads, head width, vocabulary {got}, expected fixed sizes; export it again")
-    return _Signature(tuple(others), layers, heads, head_width, vocabulary)
+    return _Signature(tuple(others), cache, vocabulary)
 
 
 class EncoderSession:

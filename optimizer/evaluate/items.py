@@ -17,7 +17,7 @@ import numpy as np
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
 from optimizer.source import eos_token_ids, read_object
-from passes._kind import kind_of
+from passes._kind import kind_of, vocabulary_size
 from passes._sentence import SentenceSettings, context_length, sentence_settings
 from runtime.chat_template import ChatTemplate
 
@@ -102,7 +102,7 @@ class TextReader:
         truncation: what `tokenizer.json` itself says about cutting, None for nothing.
         kind: "decoder", "classifier", "reranker" or "embedder".
         vocabulary: ids at or above it do not exist.
-        context_length: most tokens the model takes; None where its configuration does not say.
+        context_length: most tokens the model takes.
         bos: beginning-of-sequence id of a decoder, None where it has none.
         sentence: how an embedder reads texts; None for another kind, or where its folder does not say.
         prefix: what a decoder reads before a text without a context: the tokenizer's BOS, else its EOS, else None.
@@ -115,7 +115,7 @@ class TextReader:
     truncation: Mapping[str, Any] | None
     kind: str
     vocabulary: int
-    context_length: int | None
+    context_length: int
     bos: int | None
     labels: Mapping[str, int]
     prefix: int | None = None
@@ -136,7 +136,7 @@ class TextReader:
             tokenizer=tokenizer,
             truncation=tokenizer.truncation,
             kind=kind_of(config),
-            vocabulary=int(text["vocab_size"]),
+            vocabulary=vocabulary_size(config),
             context_length=context_length(assets, config),
             bos=text.get("bos_token_id"),
             labels={str(name): int(index) for index, name in named.items()},
@@ -228,7 +228,7 @@ class TextReader:
         Raises:
             CannotRun: the tokenizer gives an id that the model does not know.
         """
-        context = min(context, self.context_length or context)
+        context = min(context, self.context_length)
         ids = self._decoder_ids(texts, context, bos) if self.kind == "decoder" else self._encoder_ids(texts, context)
         self._require_known(ids)
         return ids

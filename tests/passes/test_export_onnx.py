@@ -23,9 +23,8 @@ from passes._lower import lower
 from passes._parity import GraphRunner, Probe, range_error
 from passes._safetensors import tensor_index
 from passes._skeleton import Skeleton
-from passes._twin import twin_error
+from passes._twin import TOLERANCE, choose_lowering
 from passes.base import ONNX, Model, Pass, PassError
-from passes.export_onnx import TOLERANCE
 
 EXACT = TOLERANCE / 10
 """Float32 sums in another order: 1e-7 to 2e-6 measured."""
@@ -40,7 +39,7 @@ MODELS: list[tuple[str, tuple[Pass, ...]]] = [
 
 def error_of(after: Model, before: Model) -> float:
     probe = Probe.random(before.config, seed=0)
-    return range_error(probe.graph(after.folder, threads=1), probe.walked(Skeleton(before)))
+    return probe.error(probe.graph(after.folder, threads=1), probe.walked(Skeleton(before)))
 
 
 def exported(workshop: Workshop, name: str, *steps: Pass) -> Model:
@@ -62,8 +61,9 @@ def test_the_graph_computes_what_the_model_computes(workshop: Workshop, name: st
 @pytest.mark.parametrize("name", ["qwen2"])  # llama: test_contract.py, mistral and bert: test_twin.py
 def test_the_twin_of_the_model_is_lowered_exactly(workshop: Workshop, tmp_path: Path, name: str) -> None:
     model = workshop.model(name)
-    error = twin_error(model, workshop.context(tmp_path, model))
-    assert error <= EXACT, f"{error:.1e}"
+    way = choose_lowering(model, workshop.context(tmp_path, model))
+    assert (way.route, way.takes_batches, way.note) == ("fused", True, "")
+    assert way.error <= EXACT, f"{way.error:.1e}"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -233,7 +233,7 @@ def test_lock_names_versions_source_and_no_folder(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (edit_config(architectures=[]), r"architectures: got \[\], expected a class"),
+        (edit_config(architectures=[]), "no `architectures`; expected one class name"),
         (edit_config(vocab_size=None), "vocab_size: got None, expected a whole number"),
         (edit_config(max_position_embeddings=0), "max_position_embeddings: got 0, expected"),
     ],

@@ -20,9 +20,9 @@ from passes._sentence import (
 )
 from passes.base import PassError
 
-EMBEDDER = {"architectures": ["BertModel"], "hidden_size": 8, "max_position_embeddings": 512}
-RERANKER = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-CLASSIFIER = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+EMBEDDER = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 8, "max_position_embeddings": 512}
+RERANKER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+CLASSIFIER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
 
 
 def test_without_modules_nothing_is_said(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_context_is_the_least_of_what_files_of_an_encoder_say(tmp_path: Path) ->
     write_sentence_files(tmp_path)
     write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 256})
     assert context_length(tmp_path, EMBEDDER) == 256
-    assert context_length(tmp_path, {**EMBEDDER, "architectures": ["LlamaForCausalLM"]}) == 512
+    assert context_length(tmp_path, {**EMBEDDER, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}) == 512
 
 
 def modules(*kinds: str) -> Callable[[Path], None]:

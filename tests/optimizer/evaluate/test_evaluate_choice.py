@@ -21,7 +21,13 @@ from optimizer.quantities import Drop
 from optimizer.recipe import DataSource
 from runtime.session import DecoderSession
 
-DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 24, "bos_token_id": 0}
+DECODER = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 7,
+    "max_position_embeddings": 24,
+    "bos_token_id": 0,
+}
 GRAPH = Path(__file__).parents[2] / "data" / "artifact-v1" / "model.onnx"
 OWN = {"prompt": "{q}", "choices": "{c}", "answer": "a"}
 

@@ -24,6 +24,7 @@ from passes.base import Context
 from passes.export_onnx import ExportOnnx
 
 DECODER = {
+    "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 7,
     "max_position_embeddings": 24,

@@ -17,8 +17,15 @@ from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, m
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.recipe import DataSource
 
-DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 32, "bos_token_id": 0}
+DECODER = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 7,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+}
 CLASSIFIER = {
+    "model_type": "bert",
     "architectures": ["BertForSequenceClassification"],
     "vocab_size": 7,
     "max_position_embeddings": 6,

@@ -133,8 +133,11 @@ def _rows_before_the_first_position(typed: PreTrainedConfig, rows: int) -> int:
     from torch import device, nn
     from transformers import AutoModel
 
-    with device("meta"):
-        module = AutoModel.from_config(typed)
+    try:
+        with device("meta"):
+            module = AutoModel.from_config(typed)
+    except Exception as error:  # transformers checks a configuration by what happens to go wrong
+        raise PassError(f"config.json: transformers cannot build a model from it: {first_line(error)}") from error
     tables = [
         child
         for name, child in module.named_modules()

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from passes._attention import Route, Step, cache_shapes
+from passes._attention import CacheShape, Route, Step, cache_shapes
 from passes._attention import route as route_named
 from passes._pooling import Pooling, encode, pooling_of
 from passes._quantized import OPSET
@@ -36,11 +36,7 @@ def trace_decoder(skeleton: Skeleton, by: str, takes_batches: bool) -> ir.Model:
     Raises:
         PassError: this family does not take that route.
     """
-    module = skeleton.module
-    if module._can_set_experts_implementation():
-        module.set_experts_implementation("batched_mm")
-    with _weightless(module), _quiet(), torch.no_grad():
-        shapes = cache_shapes(module)
+    module, shapes = skeleton.module, decoder_shapes(skeleton)
     route = route_named(by, shapes)
     batch, tokens = 2, 3
     widths = [(shape.heads, width) for shape in shapes for width in (shape.key_width, shape.value_width)]
@@ -70,6 +66,19 @@ def trace_decoder(skeleton: Skeleton, by: str, takes_batches: bool) -> ir.Model:
         names[f"past.{name}"] = names[f"present.{name}"] = [rows, str(heads), "capacity", str(width)]
     _name_axes(model, names | {"logits": ["rows", str(module.config.get_text_config().vocab_size)]})
     return model
+
+
+def decoder_shapes(skeleton: Skeleton) -> list[CacheShape]:
+    """Return what each layer keeps, its experts set to the one product per layer that a graph can hold.
+
+    Raises:
+        PassError: as `cache_shapes`.
+    """
+    module = skeleton.module
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation("batched_mm")
+    with _weightless(module), _quiet(), torch.no_grad():
+        return cache_shapes(module)
 
 
 def trace_encoder(skeleton: Skeleton) -> ir.Model:

@@ -124,7 +124,7 @@ def _with_few_layers(full: Mapping[str, Any], depth: str) -> dict[str, Any]:
     count = int(full.get(depth) or 2)
     mappings = {key: _by_layer(full[key], count) for key in full.keys() - {"id2label"} if _by_layer(full[key], count)}
     lists = {key: value for key, value in full.items() if isinstance(value, list) and len(value) == count > 1}
-    kinds = {key: value for key, value in (lists | mappings).items() if len({repr(entry) for entry in value}) < count}
+    kinds = {key: value for key, value in (lists | mappings).items() if not _are_numbers_of_layers(value)}
     of_layer = [repr([value[layer] for value in kinds.values()]) for layer in range(count)]
     kept = [layer for layer, kind in enumerate(of_layer) if kind not in of_layer[:layer]]
     shares = bool(full.get("num_kv_shared_layers"))
@@ -135,6 +135,11 @@ def _with_few_layers(full: Mapping[str, Any], depth: str) -> dict[str, Any]:
     for key, value in mappings.items():
         few[key] = {place: value[layer] for place, layer in enumerate(kept) if value[layer] is not None}
     return {**full, depth: len(kept), **few}
+
+
+def _are_numbers_of_layers(values: list[Any]) -> bool:
+    """Tell a list that names layers from one that has a setting for each."""
+    return all(type(value) is int for value in values) and len(set(values)) == len(values)
 
 
 def _by_layer(value: Any, count: int) -> list[Any]:

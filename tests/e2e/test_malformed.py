@@ -139,7 +139,7 @@ MODELS: list[tuple[str, Break, int, str]] = [
     ("broken config.json", written("model/config.json", "{"), CANNOT, "config.json: cannot be read as JSON"),
     ("config.json is a list", written("model/config.json", "[]"), CANNOT, "config.json: got a JSON list"),
     ("no model_type", config(model_type=None), CANNOT, "config.json: no model_type"),
-    ("no architectures", config(architectures=None), CANNOT, "config.json: architectures: got None, expected"),
+    ("no architectures", config(architectures=None), CANNOT, "config.json: no `architectures`; expected"),
     ("unknown architecture", config(architectures=["OrakelForCausalLM"]), CANNOT, "OrakelForCausalLM"),
     ("unknown model type", config(model_type="orakel"), CANNOT, "orakel"),
     ("model of another kind", config(architectures=["BertForMaskedLM"]), CANNOT, "BertForMaskedLM cannot be lowered"),

@@ -20,9 +20,19 @@ from passes._sentence import (
 )
 from passes.base import PassError
 
-EMBEDDER = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 8, "max_position_embeddings": 512}
+EMBEDDER = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+}
 RERANKER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-CLASSIFIER = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+CLASSIFIER = {
+    "model_type": "bert",
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": {"0": "a", "1": "b"},
+}
 
 
 def test_without_modules_nothing_is_said(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from optimizer.gate import Budget, judge
 from optimizer.quantities import Percent
 from optimizer.recipe import DataSource
 
-DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 32, "bos_token_id": 0}
+DECODER = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 7,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+}
 TEXTS = [f"{first} {second} {third}" for first in "abcd" for second in "abcd" for third in ("a", "b d", "c")]
 
 

@@ -13,7 +13,13 @@ from optimizer.evaluate.items import Item, TextReader
 from optimizer.recipe import DataSource, parse
 from passes.base import TORCH, Pass, Stage
 
-DECODER = {"architectures": ["LlamaForCausalLM"], "vocab_size": 7, "max_position_embeddings": 32, "bos_token_id": 0}
+DECODER = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 7,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+}
 TEXTS = ["a b c d a", "b b", "c d", "d a b c"]
 
 

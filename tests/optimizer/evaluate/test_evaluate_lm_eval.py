@@ -272,7 +272,8 @@ def test_a_task_is_named_or_a_file(options):
 
 
 def test_where_lm_eval_is_not_installed_one_line_says_how_to_get_it(tmp_path, monkeypatch):
-    reader = TextReader.of(write_tokenizer(tmp_path), {"architectures": ["LlamaForCausalLM"], "vocab_size": 7})
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 7}
+    reader = TextReader.of(write_tokenizer(tmp_path), config)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CannotRun, match=r"is not installed; install it with: pip install 'optimize-models\[lm-eval\]'"):
         load_items({"l": LmEval(name="arc_easy")}, {}, reader)

@@ -47,7 +47,7 @@ def tokenizer(folder: Path) -> None:
 @pytest.fixture
 def reader(tmp_path: Path) -> TextReader:
     tokenizer(tmp_path)
-    config = {"architectures": ["BertModel"], "vocab_size": 9, "max_position_embeddings": 16}
+    config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 9, "max_position_embeddings": 16}
     return replace(TextReader.of(tmp_path, config), sentence=SentenceSettings(("mean",)))
 
 

@@ -136,7 +136,8 @@ class _Chain:
             recipe, store, told, source, threads, reader, source.model, key, items, calibration, {}, {}, Scored()
         )
         for each in recipe.passes:
-            chain._admit(each)
+            if not each.optional:
+                chain._admit(each)
         chain._score("source")
         chain.source_results = chain.results
         chain._require_judgeable(chain.results)
@@ -196,7 +197,7 @@ class _Chain:
                 each.admits(self.source.model, self._context(each, folder, no_progress))
             return {}
 
-        if type(each).admits is not Pass.admits and not each.optional:
+        if type(each).admits is not Pass.admits:
             self.store.get_or_build(key, ask)
 
     def _context(self, each: Pass, folder: Path, progress: Any) -> Context:
@@ -207,6 +208,7 @@ class _Chain:
         shown = _hashes(self.calibration[each])
         key = fingerprint([self.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
         try:
+            self._admit(each)
             with self.told.progress(each.name()) as progress:
                 entry = self.store.get_or_build(key, lambda folder: self._run(each, folder, progress))
         except PassError as refusal:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,7 +30,7 @@ from passes._pooling import pooling_of
 from passes._quantized import write_specs
 from passes._safetensors import SINGLE_NAME, write_safetensors
 from passes._skeleton import Skeleton, build_module
-from passes.base import TORCH, Context, Model, PassError
+from passes.base import ONNX, TORCH, Context, GraphPass, Model, PassError
 
 WINDOW = 6
 CONTEXT = 64
@@ -212,36 +214,82 @@ def choose_lowering(model: Model, ctx: Context) -> Lowering:
     Raises:
         PassError: none is; the message has the reason of each.
     """
-    return _choose(json.dumps(dict(model.config), sort_keys=True), model.assets, ctx.seed, ctx.threads)
+    return _lowered_twin(model, ctx).way
 
 
-@lru_cache(maxsize=16)
-def _choose(config: str, assets: Path, seed: int, threads: int) -> Lowering:
-    model = Model(TORCH, assets, assets, json.loads(config))
-    decodes = kind_of(model.config) == "decoder"
-    refusals: list[str] = []
+def fusion_error(fusion: GraphPass, model: Model, ctx: Context) -> float:
+    """Return how far a fusion moves the answers of the twin's graph; 0 where it finds no place in it.
+
+    A trained model may hide what a wrong fusion does, and a model at its initialisation does: its attention is nearly
+    uniform. The twin's is not.
+    """
+    lowered = _lowered_twin(model, ctx)
+    graph = replace(lowered.twin, stage=ONNX)
     with tempfile.TemporaryDirectory(prefix="optimize-twin-") as folder:
-        twin = make_twin(model, Path(folder), seed)
-        for route in ROUTES if decodes else ("",):
-            try:
-                graph = lower(Skeleton(twin, attention_of(route)), route)
-                save_graph(graph, twin.folder)
-                alone, batched = twin_errors(twin, twin.folder, seed, threads)
-            except PassError as error:
-                reason = str(error).removeprefix("export_onnx: ")
-                refusals.append(f"{route}: {reason}" if route else reason)
-                continue
-            if alone <= TOLERANCE:
-                takes_batches = batched <= TOLERANCE
-                if not takes_batches:
-                    refusals.append("rows of different lengths in one run disturb each other: one row at a time")
-                worst = max(alone, batched) if takes_batches else alone
-                return Lowering(route, takes_batches, worst, len(list(graph.graph)), "; ".join(refusals))
-            refusals.append(f"{route or 'its graph'}: differs from torch by {alone:.1e} of the logits' range")
-    raise PassError(
-        f"export_onnx: {architecture_of(model.config)} cannot be lowered exactly (expected at most {TOLERANCE:.0e} of "
-        f"the logits' range on a small twin): {'; '.join(refusals)}"
-    )
+        inner = replace(ctx, workdir=Path(folder))
+        try:
+            after = fusion.run(graph, inner).model
+        except PassError:  # no place fits: the pass itself says so of the model, where it counts
+            return 0.0
+        probe = Probe.random(lowered.twin.config, ctx.seed, SPLITS)
+        want = probe.graph(graph.folder, ctx.threads)
+        return range_error(probe.graph(after.folder, ctx.threads), want)
+
+
+@dataclass(frozen=True)
+class _LoweredTwin:
+    """A twin and the graph beside its weights; their folder goes with this object."""
+
+    twin: Model
+    way: Lowering
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.twin.folder, ignore_errors=True)
+
+
+def _lowered_twin(model: Model, ctx: Context) -> _LoweredTwin:
+    return _lower_twin(json.dumps(dict(model.config), sort_keys=True), model.assets, ctx.seed, ctx.threads)
+
+
+@lru_cache(maxsize=4)
+def _lower_twin(config: str, assets: Path, seed: int, threads: int) -> _LoweredTwin:
+    model = Model(TORCH, assets, assets, json.loads(config))
+    routes = ROUTES if kind_of(model.config) == "decoder" else ("",)
+    folder = Path(tempfile.mkdtemp(prefix="optimize-twin-"))
+    refusals: list[str] = []
+    try:
+        twin = make_twin(model, folder, seed)
+        for route in routes:
+            way, reason = _try(twin, route, seed, threads)
+            refusals += [reason] if reason else []
+            if way is not None:
+                return _LoweredTwin(twin, replace(way, note="; ".join(refusals)))
+        raise PassError(
+            f"export_onnx: {architecture_of(model.config)} cannot be lowered exactly (expected at most {TOLERANCE:.0e} "
+            f"of the logits' range on a small twin): {'; '.join(refusals)}"
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _try(twin: Model, route: str, seed: int, threads: int) -> tuple[Lowering | None, str]:
+    """Return how the twin is lowered by one route, if it is, and what is not as one would wish."""
+    try:
+        graph = lower(Skeleton(twin, attention_of(route)), route)
+        save_graph(graph, twin.folder)
+        alone, batched = twin_errors(twin, twin.folder, seed, threads)
+    except PassError as error:
+        reason = str(error).removeprefix("export_onnx: ")
+        return None, f"{route}: {reason}" if route else reason
+    if not alone <= TOLERANCE:
+        return None, f"{route or 'its graph'}: differs from torch by {alone:.1e} of the logits' range"
+    nodes = len(list(graph.graph))
+    if not batched <= TOLERANCE:
+        remark = "rows of different lengths in one run disturb each other: one row at a time"
+        save_graph(lower(Skeleton(twin, attention_of(route)), route, takes_batches=False), twin.folder)
+        return Lowering(route, False, alone, nodes), remark
+    return Lowering(route, True, max(alone, batched), nodes), ""
 
 
 def twin_errors(twin: Model, graph: Path, seed: int, threads: int) -> tuple[float, float]:
@@ -297,4 +345,4 @@ def _hard_weights(module: nn.Module, generator: torch.Generator) -> dict[str, to
     return weights
 
 
-_QUERY_KEY = {"q_proj", "k_proj", "query", "key", "q_lin", "k_lin"}
+_QUERY_KEY = {"q_proj", "k_proj", "query", "key", "q_lin", "k_lin", "query_proj", "key_proj", "q", "k"}

@@ -187,6 +187,17 @@ class GraphPass(Pass):
         """
         raise NotImplementedError
 
+    def admits(self, source: Model, ctx: Context) -> None:
+        """Rewrite the graph of a shrunken twin, which shows what the model itself may hide."""
+        from passes._twin import fusion_error
+
+        error = fusion_error(self, source, ctx)
+        if not error <= FUSION_TOLERANCE:
+            raise PassError(
+                f"{self.name()}: on a small twin of this architecture numbers moved by {error:.1e} of their range, "
+                f"expected at most {FUSION_TOLERANCE:.0e}"
+            )
+
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Rewrite every place that fits; refuse when none does."""
         from passes._match import run_rewrite

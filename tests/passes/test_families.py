@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -13,12 +15,12 @@ from tiny_models import DECODER, ENCODER, EXPORT, save_model
 
 from passes._checkpoint import stored_tensors
 from passes._kind import DEFAULT_CONTEXT, position_limit
-from passes._parity import GraphRunner, Probe
+from passes._parity import GraphRunner, Probe, graph_error
 from passes._safetensors import tensor_index
 from passes._skeleton import Skeleton, build_module
 from passes._trace import decoder_shapes
 from passes._twin import TOLERANCE, Lowering, choose_lowering
-from passes.base import Context, Model, PassError
+from passes.base import Context, GraphPass, Model, PassError
 
 EXPERTS = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 ALIBI = {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
@@ -81,36 +83,30 @@ def test_a_checkpoint_with_older_names_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(skeleton.read(name), value) for name, value in original.items())
 
 
-@pytest.mark.parametrize("is_alibi", [True, False], ids=["bloom", "gpt_neo"])
-def test_families_off_the_interface_take_the_plain_route(tmp_path: Path, is_alibi: bool) -> None:
-    # Bloom adds a bias by distance from the first key, right for rows of any length; GPT-Neo cuts its own mask out of a
-    # table by the length of the longest row, so it is exact one row at a time only, and says so.
-    found = way("BloomForCausalLM", tmp_path, ALIBI) if is_alibi else way("GPTNeoForCausalLM", tmp_path, LOCAL)
-    assert (found.route, found.takes_batches) == ("plain", is_alibi)
-    assert found.error <= TOLERANCE / 10
-    assert "0 of 2 attention layers use transformers' interface" in found.note
-    assert ("one row at a time" in found.note) != is_alibi
-
-
-def test_a_plain_graph_has_the_inputs_and_outputs_of_a_fused_one(tmp_path: Path) -> None:
+def test_a_family_off_the_interface_takes_the_plain_route_with_the_same_inputs(tmp_path: Path) -> None:
     model = made("BloomForCausalLM", tmp_path / "model", ALIBI)
     ctx = context(tmp_path / "graph", model)
     result = EXPORT.run(model, ctx)
     EXPORT.ensures(model, result.model, ctx)
-    assert "plain attention" in result.note
+    found = choose_lowering(model, ctx)
+    assert (found.route, found.takes_batches) == ("plain", True)
+    assert found.error <= TOLERANCE / 10
+    assert "plain attention: fused: 0 of 2 attention layers use transformers' interface" in result.note
     runner = GraphRunner(result.model.folder, 1)
     assert list(runner.inputs)[:4] == ["input_ids", "seqlens_k", "total_sequence_length", "logits_positions"]
     assert [value.name for value in runner.graph.graph.output[:3]] == ["logits", "present.0.key", "present.0.value"]
 
 
-def test_a_graph_for_one_row_says_so_in_its_signature(tmp_path: Path) -> None:
+def test_a_family_exact_for_one_row_alone_says_so_in_its_signature(tmp_path: Path) -> None:
+    # GPT-Neo cuts its own mask out of a table by the length of the longest row.
     model = made("GPTNeoForCausalLM", tmp_path / "model", LOCAL)
     ctx = context(tmp_path / "graph", model)
-    lowered = EXPORT.run(model, ctx).model
-    runner = GraphRunner(lowered.folder, 1)
+    result = EXPORT.run(model, ctx)
+    EXPORT.ensures(model, result.model, ctx)  # of one row alone
+    assert "one row at a time" in result.note
+    runner = GraphRunner(result.model.folder, 1)
     assert not runner.takes_batches
     assert runner.inputs["past.0.key"].type.tensor_type.shape.dim[0].dim_value == 1
-    EXPORT.ensures(model, lowered, ctx)  # of one row alone
 
 
 @pytest.mark.parametrize("architecture", ["DebertaV2ForSequenceClassification", "MPNetModel", "ElectraModel"])
@@ -173,9 +169,8 @@ def test_layers_may_keep_heads_of_different_widths(tmp_path: Path) -> None:
     }
     settings = {**DECODER, **latent, **experts, "moe_intermediate_size": 32, "num_key_value_heads": 4}
     skeleton = Skeleton(made("DeepseekV3ForCausalLM", tmp_path, settings))
-    assert [(shape.heads, shape.key_width, shape.value_width) for shape in decoder_shapes(skeleton)] == [
-        (4, 24, 16)
-    ] * 2
+    kept = [(shape.heads, shape.key_width, shape.value_width) for shape in decoder_shapes(skeleton)]
+    assert kept == [(1, 16, 8)] * 2  # the latent vector, and the part of the key that is rotated
 
 
 def test_the_probe_asks_for_rows_of_different_lengths(tmp_path: Path) -> None:
@@ -183,3 +178,29 @@ def test_the_probe_asks_for_rows_of_different_lengths(tmp_path: Path) -> None:
     short, long = probe.ragged
     assert 1 < short < long < len(probe.ids)
     assert np.unique(probe.ids).size > 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseScale(GraphPass):
+    """A fusion that is wrong: the scale of attention is off by a hundredth."""
+
+    begins_at: ClassVar[tuple[str, ...]] = ("GroupQueryAttention",)
+
+    def rewrite(self, node: ir.Node, graph: ir.Model, model: Model) -> str:
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.01 * node.attributes.get_float("scale"))
+        return ""
+
+
+def test_a_wrong_fusion_is_not_admitted_though_the_model_would_hide_it(tmp_path: Path) -> None:
+    model = made("LlamaForCausalLM", tmp_path / "model", DECODER)  # at its initialisation: attention nearly uniform
+    ctx = context(tmp_path / "graph", model)
+    graph = EXPORT.run(model, ctx).model
+    wrong = FuseScale().run(graph, context(tmp_path / "wrong", graph)).model
+    assert graph_error(graph, wrong, ctx) < TOLERANCE
+    with pytest.raises(PassError, match="fuse_scale: on a small twin of this architecture numbers moved by"):
+        FuseScale().admits(model, ctx)
+
+
+def test_a_fusion_that_finds_no_place_in_the_twin_is_admitted(tmp_path: Path) -> None:
+    model = made("BertModel", tmp_path / "model", ENCODER)
+    FuseScale().admits(model, context(tmp_path / "work", model))

@@ -1,7 +1,7 @@
 """Try to lower every family that transformers knows, and write docs/families.md: way, nodes, error, seconds.
 
-Each family runs in a process of its own: its class's default configuration, shrunk to the twin that `export_onnx` itself
-asks about an architecture before any work. The table is what that question answers.
+Each family runs in a process of its own: its class's default configuration, shrunk to the twin that `export_onnx`
+itself asks about an architecture before any work. The table is what that question answers.
 
     python benchmarks/families.py                  # the named families, then all others
     python benchmarks/families.py --named
@@ -25,57 +25,18 @@ from report import machine, versions
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 LIMIT_S = 240
-NAMED_DECODERS = [
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "smollm3",
-    "olmo2",
-    "granite",
-    "stablelm",
-    "qwen3_moe",
-]
-NAMED_ENCODERS = ["bert", "distilbert", "roberta", "electra", "modernbert", "deberta-v2", "mpnet"]
-OTHER_ENCODERS = [
-    "albert",
-    "big_bird",
-    "camembert",
-    "canine",
-    "convbert",
-    "data2vec-text",
-    "deberta",
-    "ernie",
-    "esm",
-    "eurobert",
-    "flaubert",
-    "fnet",
-    "funnel",
-    "ibert",
-    "layoutlm",
-    "longformer",
-    "luke",
-    "megatron-bert",
-    "mobilebert",
-    "mra",
-    "nomic_bert",
-    "nystromformer",
-    "rembert",
-    "roberta-prelayernorm",
-    "roformer",
-    "splinter",
-    "squeezebert",
-    "xlm",
-    "xlm-roberta",
-    "xlnet",
-    "yoso",
-]
+NAMED_DECODERS = """
+    llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 gpt2 opt gpt_neox smollm3 olmo2 granite stablelm
+    qwen3_moe
+"""
+NAMED_ENCODERS = """
+    bert distilbert roberta electra modernbert deberta-v2 mpnet
+"""
+OTHER_ENCODERS = """
+    albert big_bird camembert canine convbert data2vec-text deberta ernie esm eurobert flaubert fnet
+    funnel ibert layoutlm longformer luke megatron-bert mobilebert mra nomic_bert nystromformer rembert
+    roberta-prelayernorm roformer splinter squeezebert xlm xlm-roberta xlnet yoso
+"""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "deberta-v2": {  # as DeBERTa-v3 has them; the class's defaults switch its own attention off
         "relative_attention": True,
@@ -87,6 +48,21 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "type_vocab_size": 0,
     }
 }
+
+
+INTRODUCTION = """# Families
+
+Made by `python benchmarks/families.py`; do not edit. No family is named in the code: `export_onnx` asks about the
+architecture of the model at hand, before any work, by lowering a shrunken *twin* of it: every kind of its layers, hard
+weights, 48 tokens over windows and position limits in prefill, chunks and decode, and rows of different lengths in one
+batch. What differs from torch's eager attention by more than 1e-4 of the logits' range takes the next route, or is
+refused with the reason; the model itself is compared after its export as well. Here the twin is made of each class's
+default configuration.
+
+*Routes*: `fused` is GroupQueryAttention through transformers' attention interface, `plain` the family's own eager
+attention over the cache. *Rows*: `one` where rows of different lengths cannot share a run; the graph then says so in
+its signature. *Seconds*: twin made, lowered and compared, refused routes included, two families at a time.
+"""
 
 
 @dataclass(frozen=True)
@@ -122,8 +98,8 @@ def main() -> None:
 def _named() -> Iterator[tuple[str, str]]:
     from transformers.models.auto import modeling_auto as auto
 
-    yield from ((family, _class(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, family)) for family in NAMED_DECODERS)
-    for family in NAMED_ENCODERS:
+    yield from ((family, _class(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, family)) for family in NAMED_DECODERS.split())
+    for family in NAMED_ENCODERS.split():
         yield family, _class(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, family)
         yield family, _class(auto.MODEL_MAPPING_NAMES, family)
 
@@ -134,9 +110,9 @@ def _others() -> Iterator[tuple[str, str]]:
     decoders = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     for family in decoders:
         architecture = _class(decoders, family)
-        if family not in (*NAMED_DECODERS, *NAMED_ENCODERS, *OTHER_ENCODERS) and architecture.endswith("LM"):
+        if family not in (NAMED_DECODERS + NAMED_ENCODERS + OTHER_ENCODERS).split() and architecture.endswith("LM"):
             yield family, architecture
-    for family in OTHER_ENCODERS:
+    for family in OTHER_ENCODERS.split():
         if family in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
             yield family, _class(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, family)
 
@@ -194,29 +170,9 @@ def _page(named: list[Row], others: list[Row]) -> str:
     host, used = machine(), versions(("torch", "transformers", "onnx", "onnxruntime"))
     lowered = [row for row in others if not row.refusal]
     refused = [row for row in others if row.refusal]
-    parts = [
-        "# Families",
-        "",
-        "Made by `python benchmarks/families.py`; do not edit. No family is named in the code: `export_onnx` asks about",
-        "the architecture of the model at hand, before any work, by lowering a shrunken *twin* of it: every kind of its",
-        "layers, hard weights, 48 tokens over windows and position limits in prefill, chunks and decode, and rows of",
-        "different lengths in one batch. What differs from torch's eager attention by more than 1e-4 of the logits' range",
-        "takes the next route, or is refused with the reason; the model itself is compared after its export as well.",
-        "Here the twin is made of each class's default configuration.",
-        "",
-        f"{time.strftime('%Y-%m-%d')}; {host['processor']}, {host['cores']} cores; "
-        + ", ".join(f"{package} {number}" for package, number in used.items())
-        + ". *Seconds*: twin made, lowered and compared, refused routes included, two families at a time.",
-        "",
-        "Routes: *fused* (GroupQueryAttention through transformers' attention interface), *plain* (the family's own eager",
-        "attention over the cache). *Rows*: *one* where rows of different lengths cannot share a run; the graph then says",
-        "so in its signature.",
-        "",
-        "## Promised",
-        "",
-        *_table(named),
-        "",
-    ]
+    made = f"{time.strftime('%Y-%m-%d')}; {host['processor']}, {host['cores']} cores; "
+    made += ", ".join(f"{package} {number}" for package, number in used.items())
+    parts = [INTRODUCTION, f"{made}.", "", "## Promised", "", *_table(named), ""]
     if others:
         tried = f"{len(lowered)} of {len(others)} further classes are lowered, "
         parts += ["## Tried, named nowhere", "", f"{tried}{len(refused)} refused.", "", *_table(lowered), ""]

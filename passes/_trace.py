@@ -168,10 +168,10 @@ def _trace(
                 optimize=False,
                 verbose=False,
             )
-    except PassError:
-        raise
     except Exception as error:  # whatever an architecture nobody has tried makes torch raise
         cause = error.__cause__ or error
+        if isinstance(cause, PassError):  # a route's own refusal, which the exporter wraps
+            raise cause from error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         architecture = type(skeleton.module).__name__
         raise PassError(f"export_onnx: torch cannot trace {architecture}: {reason[:300]}") from error

@@ -44,16 +44,19 @@ def only_user(value: ir.Value, *kinds: str) -> ir.Node:
     return users[0]
 
 
+def operands(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """Return the two inputs of a node, or refuse one that has more or fewer."""
+    given = [value for value in node.inputs if value is not None]
+    if len(given) != 2:
+        raise Refusal(f"{node.name} joins {len(given)} values, expected two")
+    return given[0], given[1]
+
+
 def split_constant(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """Return the operands of a node of two as (computed, constant), or refuse."""
-    first, second = node.inputs
+    first, second = operands(node)
     for computed, fixed in ((first, second), (second, first)):
-        if (
-            computed is not None
-            and fixed is not None
-            and computed.const_value is None
-            and fixed.const_value is not None
-        ):
+        if computed.const_value is None and fixed.const_value is not None:
             return computed, fixed
     raise Refusal(f"{node.name} does not join a computed value and a constant")
 
@@ -101,19 +104,30 @@ def same(first: int | str | None, second: int | str | None) -> bool:
 
 def constant(value: ir.Value | None) -> NDArray[Any]:
     """Return the numbers of a constant, or refuse."""
+    return _tensor(value).numpy()
+
+
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol:
     if value is None or value.const_value is None:
         raise Refusal(f"{value.name if value else 'a missing input'} is no constant")
-    return value.const_value.numpy()
+    return value.const_value
+
+
+def scalar(value: ir.Value | None) -> float:
+    """Return the only number of a constant, or refuse."""
+    numbers = constant(value)
+    if numbers.size != 1:
+        raise Refusal(f"{value.name if value else ''} holds {numbers.size} numbers, expected one")
+    return float(numbers.item())
 
 
 def other(node: ir.Node, value: ir.Value | None) -> ir.Value:
     """Return the other operand of a node of two, or refuse if `value` is none of them."""
-    first, second = node.inputs
-    if value is not None and first is not None and second is not None:
-        if first is value:
-            return second
-        if second is value:
-            return first
+    first, second = operands(node)
+    if first is value:
+        return second
+    if second is value:
+        return first
     raise Refusal(f"{node.name} does not take {value.name if value else 'its input'}")
 
 
@@ -142,19 +156,17 @@ def new_constant(graph: ir.Model, name: str, value: NDArray[Any]) -> ir.Value:
     return graph.graph.initializers[name]
 
 
-def joined(graph: ir.Model, name: str, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+def joined(graph: ir.Model, name: str, parts: Sequence[ir.Value | None], axis: int) -> ir.Value:
     """Return a new initializer of `parts` side by side along `axis`, read part by part when the graph is written."""
-    tensors = [part.const_value for part in parts]
-    shapes = [extents(tensor) for tensor in tensors if tensor is not None]
-    require(len(shapes) == len(parts), f"one of {', '.join(str(part.name) for part in parts)} is no constant")
+    tensors = [_tensor(part) for part in parts]
+    shapes = [extents(tensor) for tensor in tensors]
     shape = list(shapes[0])
     shape[axis] = sum(each[axis] for each in shapes)
 
     def read() -> NDArray[Any]:
-        return np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None], axis)
+        return np.concatenate([tensor.numpy() for tensor in tensors], axis)
 
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
-    value = initializer(lazy(name, tuple(shape), dtype, read))
+    value = initializer(lazy(name, tuple(shape), tensors[0].dtype, read))
     graph.graph.initializers[name] = value
     return value
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from passes._match import insert, joined, made_by, other, require
+from passes._match import insert, joined, made_by, operands, other, require, split_constant
 
 
 def pack_linears(graph: ir.Model, outputs: Sequence[ir.Value], name: str) -> ir.Value:
@@ -26,11 +26,7 @@ def pack_linears(graph: ir.Model, outputs: Sequence[ir.Value], name: str) -> ir.
 def _pack_biased(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
     products, biases = [], []
     for node in nodes:
-        first, second = node.inputs
-        require(first is not None and second is not None, f"{name}: an addition lacks a term")
-        assert first is not None and second is not None
-        product, bias = (second, first) if first.const_value is not None else (first, second)
-        require(bias.const_value is not None, f"{name}: a bias is no constant")
+        product, bias = split_constant(node)
         made_by(product, "MatMul", "Mul")
         products.append(product)
         biases.append(bias)
@@ -41,19 +37,19 @@ def _pack_biased(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Val
 def _pack_ranged(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
     products = []
     for node in nodes:
-        product = next((v for v in node.inputs if v is not None and _makes_integer_product(v)), None)
-        require(product is not None, f"{name}: a multiplication follows no MatMulIntegerToFloat")
-        products.append(product)
+        found = [value for value in operands(node) if _makes_integer_product(value)]
+        require(len(found) == 1, f"{name}: a multiplication follows no MatMulIntegerToFloat")
+        products += found
     ranges = [other(node, product) for node, product in zip(nodes, products, strict=True)]
     require(all(each is ranges[0] for each in ranges), f"{name}: the layers do not share the ranges of their rows")
-    packed = pack_linears(graph, products, name)  # type: ignore[arg-type]
+    packed = pack_linears(graph, products, name)
     return _insert_after(graph, packed, ir.node("Mul", [packed, ranges[0]]))
 
 
 def _pack_products(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
     _require_same(nodes, (0,), f"{name}: the layers do not share their input")
     weights = [node.inputs[1] for node in nodes]
-    inputs = [nodes[0].inputs[0], joined(graph, f"{name}.weight", weights, 1)]  # type: ignore[arg-type]
+    inputs = [nodes[0].inputs[0], joined(graph, f"{name}.weight", weights, 1)]
     return _insert(graph, nodes, ir.node("MatMul", inputs))
 
 
@@ -91,7 +87,7 @@ def _joined_inputs(
     for place, axis in axes.items():
         if place < len(inputs) and inputs[place] is not None:
             parts = [node.inputs[place] for node in nodes]
-            inputs[place] = joined(graph, f"{name}.{leaves[place]}", parts, axis)  # type: ignore[arg-type]
+            inputs[place] = joined(graph, f"{name}.{leaves[place]}", parts, axis)
     return inputs
 
 
@@ -118,5 +114,7 @@ def _insert(graph: ir.Model, nodes: Sequence[ir.Node], packed: ir.Node) -> ir.Va
 
 
 def _insert_after(graph: ir.Model, value: ir.Value, node: ir.Node) -> ir.Value:
-    graph.graph.insert_after(value.producer(), node)  # type: ignore[arg-type]
+    producer = value.producer()
+    assert producer is not None
+    graph.graph.insert_after(producer, node)
     return node.outputs[0]

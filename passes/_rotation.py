@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from passes._match import constant, made_by, new_constant, other, require
+from passes._match import constant, made_by, new_constant, operands, other, require, scalar, split_constant
 
 
 class Rotation(NamedTuple):
@@ -39,30 +39,28 @@ class Rotation(NamedTuple):
 
 def match_rotation(rotated: ir.Value | None) -> Rotation:
     """Match the nodes that end in `rotated` [B, heads, T, E], or refuse."""
-    products = [made_by(value, "Mul") for value in made_by(rotated, "Add").inputs]
+    products = [made_by(value, "Mul") for value in operands(made_by(rotated, "Add"))]
     turned = [_half_turned(product) for product in products]
     require(sum(half is not None for half in turned) == 1, "not one of the products holds the half that is turned")
     if turned[0] is not None:
         products, turned = products[::-1], turned[::-1]
     (straight, crossed), half_turned = products, turned[1]
-    negated, kept = made_by(half_turned, "Concat").inputs
+    negated, kept = operands(made_by(half_turned, "Concat"))
     upper, lower = made_by(made_by(negated, "Neg").inputs[0], "Slice"), made_by(kept, "Slice")
     x = upper.inputs[0]
     require(x is not None and lower.inputs[0] is x, "the two halves are of different tensors")
-    at, begin = (int(constant(value).item()) for value in (upper.inputs[1], lower.inputs[1]))
-    end = int(constant(lower.inputs[2]).item())
+    at, begin, end = (int(scalar(value)) for value in (upper.inputs[1], *lower.inputs[1:3]))
     require((begin, end) == (0, at), f"the first half is {begin} to {end}, the second begins at {at}")
     cosine, cosine_scale = _angles(other(straight, x), "Cos")
     sine, sine_scale = _angles(other(crossed, half_turned), "Sin")
     require(cosine is sine and cosine_scale == sine_scale, "cosine and sine are of different angles")
-    first, second = made_by(cosine, "Concat").inputs
+    first, second = operands(made_by(cosine, "Concat"))
     require(first is second, "the two halves turn by different angles")
-    product = made_by(first, "Mul")
-    frequencies = next((v for v in product.inputs if v is not None and v.const_value is not None), None)
+    positions, frequencies = split_constant(made_by(first, "Mul"))
     numbers = constant(frequencies).reshape(-1)
     require(numbers.size == at, f"{numbers.size} angles turn halves of {at} features")
     assert x is not None
-    return Rotation(x, numbers, cosine_scale, other(product, frequencies), cosine)
+    return Rotation(x, numbers, cosine_scale, positions, cosine)
 
 
 def _angles(value: ir.Value, function: str) -> tuple[ir.Value, float]:
@@ -70,9 +68,9 @@ def _angles(value: ir.Value, function: str) -> tuple[ir.Value, float]:
     node, scale = made_by(value, "Unsqueeze", "Mul", function), 1.0
     while node.op_type != function:
         if node.op_type == "Mul":
-            number = next(v for v in node.inputs if v is not None and v.const_value is not None)
-            scale *= float(constant(number))
-            node = made_by(next(v for v in node.inputs if v is not number), "Unsqueeze", "Mul", function)
+            scaled, factor = split_constant(node)
+            scale *= scalar(factor)
+            node = made_by(scaled, "Unsqueeze", "Mul", function)
         else:
             node = made_by(node.inputs[0], "Unsqueeze", "Mul", function)
     angles = node.inputs[0]

@@ -103,12 +103,12 @@ _SCORES = ("Add", "Mul", "Div", "MatMul")
 
 def _added(addition: ir.Node) -> tuple[ir.Node, ir.Value]:
     """Return the node that makes the scores, and what is added to them."""
-    from passes._match import Refusal
+    from passes._match import Refusal, operands
 
-    first, second = addition.inputs
+    first, second = operands(addition)
     for scores, term in ((first, second), (second, first)):
-        maker = None if scores is None else scores.producer()
-        if maker is not None and term is not None and _holds_product(maker):
+        maker = scores.producer()
+        if maker is not None and _holds_product(maker):
             return maker, term
     raise Refusal(f"{addition.outputs[0].name} adds nothing to a matrix product")
 
@@ -123,16 +123,14 @@ def _holds_product(node: ir.Node) -> bool:
 
 def _scaled(node: ir.Node) -> tuple[ir.Node, float]:
     """Return the matrix product behind the scores, and the constant it is multiplied by."""
-    from passes._match import constant, made_by, require, split_constant
+    from passes._match import made_by, require, scalar, split_constant
 
     if node.op_type == "MatMul":
         return node, 1.0
     product, fixed = split_constant(node)
     require(node.op_type == "Mul" or fixed is node.inputs[1], "the scores divide a constant")
-    number = constant(fixed)
-    require(number.size == 1, f"the scores are scaled by {number.size} numbers, expected one")
-    require(number.item() > 0, f"the scores are scaled by {number.item()}, expected a positive number")
-    scale = float(number.item())
+    scale = scalar(fixed)
+    require(scale > 0, f"the scores are scaled by {scale:g}, expected a positive number")
     return made_by(product, "MatMul"), scale if node.op_type == "Mul" else 1 / scale
 
 

@@ -106,8 +106,7 @@ def _constant_is(value: ir.Value | None, number: float) -> None:
     """Refuse a constant other than this number, as float32 rounds it."""
     from math import isclose
 
-    from passes._match import constant, require
+    from passes._match import require, scalar
 
-    got = constant(value)
-    right = got.size == 1 and isclose(float(got.item()), number, rel_tol=1e-6)
-    require(right, f"{value.name if value else ''} is {got.tolist()}, expected {number:g}")
+    got = scalar(value)
+    require(isclose(got, number, rel_tol=1e-6), f"{value.name if value else ''} is {got:g}, expected {number:g}")

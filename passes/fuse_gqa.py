@@ -18,6 +18,9 @@ from passes.base import GraphPass, Model
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+ROTARY_MULTIPLE = 16
+"""What the width of a head must be a multiple of for onnxruntime 1.31's operator to rotate it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FuseGqa(GraphPass):
@@ -31,19 +34,23 @@ class FuseGqa(GraphPass):
         import onnx_ir as ir
 
         from passes._kind import position_limit
-        from passes._match import Refusal, made_by, require
+        from passes._match import Refusal, axes, made_by, require
         from passes._pack import pack_linears
         from passes._rotation import match_rotation
 
         require(node.attributes.get_int("do_rotary", 0) == 0, "the rotary embedding is inside already")
+        past = node.inputs[3]
+        width = axes(past, 4)[3]
+        fits = isinstance(width, int) and width % ROTARY_MULTIPLE == 0
+        require(fits, f"heads are {width} wide, the operator rotates multiples of {ROTARY_MULTIPLE}")
+        assert past is not None and past.name is not None
         layouts = [made_by(made_by(value, "Reshape").inputs[0], "Transpose") for value in node.inputs[:2]]
         query, key = (match_rotation(layout.inputs[0]) for layout in layouts)
         same = np.array_equal(query.frequencies, key.frequencies) and query.scale == key.scale
         require(same, "query and key turn by different angles")
-        width = int(node.inputs[3].shape[3])  # type: ignore[union-attr,index,arg-type]
         require(2 * query.frequencies.size == width, f"{2 * query.frequencies.size} of {width} features are rotated")
         tables = query.tables(graph, position_limit(model.config)[0])
-        layer = str(node.inputs[3].name).split(".")[1]  # type: ignore[union-attr]
+        layer = past.name.split(".")[1]  # of past.LAYER.key
         for layout, rotation in zip(layouts, (query, key), strict=True):
             layout.replace_input_with(0, rotation.unrotated)
         projections, remark = list(node.inputs[:3]), ""

@@ -40,15 +40,15 @@ def _fuse_rms(node: ir.Node, graph: ir.Model) -> None:
     """Replace the RMS normalization whose square is `node`."""
     import onnx_ir as ir
 
-    from passes._match import Refusal, constant, insert, made_by, other, require, substitute, used_by
+    from passes._match import Refusal, constant, insert, made_by, other, require, scalar, substitute, used_by
 
     x = node.inputs[0]
     assert x is not None
-    require(float(constant(node.inputs[1])) == 2, "the exponent is not 2")
+    require(scalar(node.inputs[1]) == 2, "the exponent is not 2")
     mean = used_by(node.outputs[0], "ReduceMean")
     require(constant(mean.inputs[1]).tolist() == [-1], "the mean is not over the last axis")
     shifted = used_by(mean.outputs[0], "Add")
-    epsilon = float(constant(other(shifted, mean.outputs[0])))
+    epsilon = scalar(other(shifted, mean.outputs[0]))
     inverse = used_by(used_by(shifted.outputs[0], "Sqrt").outputs[0], "Reciprocal")
     scaled = used_by(inverse.outputs[0], "Mul")
     require(other(scaled, inverse.outputs[0]) is x, "what is scaled is not what was squared")
@@ -121,9 +121,8 @@ def _put_skip_norm(
 
 def _residual_terms(addition: ir.Node) -> tuple[ir.Value, ir.Value]:
     """Return the two terms of a residual addition, or refuse: neither may be a constant such as a bias."""
-    from passes._match import Refusal
+    from passes._match import operands, require
 
-    first, second = addition.inputs
-    if first is None or second is None or first.const_value is not None or second.const_value is not None:
-        raise Refusal("the addition is no residual")
+    first, second = operands(addition)
+    require(first.const_value is None and second.const_value is None, "the addition is no residual")
     return first, second

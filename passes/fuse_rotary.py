@@ -64,10 +64,10 @@ class FuseRotary(GraphPass):
 
 def _require_counted(positions: ir.Value) -> None:
     """Refuse positions other than 0, 1, 2, ... in a row of their own."""
-    from passes._match import constant, made_by, require
+    from passes._match import made_by, require, scalar
 
     node = made_by(positions, "Cast", "Unsqueeze", "Range")
     while node.op_type != "Range":
         node = made_by(node.inputs[0], "Cast", "Unsqueeze", "Range")
-    start, step = constant(node.inputs[0]).item(), constant(node.inputs[2]).item()
-    require((start, step) == (0, 1), f"positions begin at {start} and go by {step}")
+    start, step = scalar(node.inputs[0]), scalar(node.inputs[2])
+    require((start, step) == (0, 1), f"positions begin at {start:g} and go by {step:g}")

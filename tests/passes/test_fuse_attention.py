@@ -125,8 +125,8 @@ def heads_joined_in_another_order(graph: ir.Model) -> None:
     ("name", "change", "reason"),
     [
         ("mpnet-sharp", softmax_of_another_axis, "the softmax is not over the last axis"),
-        ("mpnet-sharp", negative_scale, "the scores are scaled by -4.0, expected a positive number"),
-        ("mpnet-sharp", scale_per_head, "the scores are scaled by 2 numbers, expected one"),
+        ("mpnet-sharp", negative_scale, "the scores are scaled by -4, expected a positive number"),
+        ("mpnet-sharp", scale_per_head, "heads holds 2 numbers, expected one"),
         ("mpnet-sharp", probabilities_as_output, "goes to MatMul, the graph's output, expected MatMul alone"),
         ("mpnet-sharp", mask_of_another_shape, "is added to scores of shape"),
         (

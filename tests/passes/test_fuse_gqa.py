@@ -90,6 +90,11 @@ def test_a_second_run_is_refused_with_the_reason(workshop: Workshop, tmp_path: P
     assert reason.endswith("the rotary embedding is inside already")
 
 
+def test_heads_of_a_width_that_the_operator_cannot_rotate_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    reason = refusal(workshop, FUSE, workshop.run("llama-odd-heads", EXPORT).model, tmp_path)
+    assert reason.endswith("GroupQueryAttention 0: heads are 24 wide, the operator rotates multiples of 16")
+
+
 def test_an_encoder_has_nothing_to_fuse(workshop: Workshop, tmp_path: Path) -> None:
     assert refusal(workshop, FUSE, workshop.run("bert", EXPORT).model, tmp_path).startswith(
         "fuse_gqa: matched 0 of 0 places; the graph has no GroupQueryAttention"

@@ -48,6 +48,7 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "LlamaForCausalLM",
         {**DECODER, "tie_word_embeddings": False, "hidden_size": 40, "num_attention_heads": 2},
     ),
+    "llama-odd-heads": ("LlamaForCausalLM", {**DECODER, "head_dim": 24}),
     "qwen2": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": False, "use_sliding_window": False}),
     "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
     "mistral-at-rest": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from passes._walk import walk_over
 from passes.base import PassError
@@ -113,16 +115,18 @@ def watch(
     sequences: Sequence[Sequence[int]],
     see: Callable[[str, torch.Tensor], None],
 ) -> None:
-    """Run the model over sequences of token ids, and call `see(layer name, input)` whenever a layer is run."""
-    hooks = [
-        skeleton.module.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0]))
-        for name in layers
-    ]
-    try:
+    """Run the model over sequences of token ids, and call `see(layer name, input)` whenever a layer is run.
+
+    An expert that no token of a batch is sent to may be run on none: that is not shown.
+    """
+
+    def enter(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, inputs: see(name, inputs[0]) if inputs[0].numel() else None
+
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.enter_context(skeleton.module.get_submodule(name).register_forward_pre_hook(enter(name)))
         walk_over(skeleton, sequences)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def minmax(seen: Histogram) -> Range:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from passes._kind import first_line
 from passes._quantized import FILE
 from passes._safetensors import TensorEntry, tensor_index
 from passes.base import PassError
@@ -89,7 +90,9 @@ class Converted:
         try:
             made = converter.convert(self.first_name, model=self.module, config=self.module.config)[self.name]
         except Exception as error:  # a conversion checks its input by what happens to go wrong
-            raise PassError(f"{self.sources[0][1].file}: transformers cannot make {self.name}: {error}") from error
+            raise PassError(
+                f"{self.sources[0][1].file}: transformers cannot make {self.name}: {first_line(error)}"
+            ) from error
         value: torch.Tensor = made[0] if isinstance(made, list) else made
         if tuple(value.shape) != self.shape:
             raise PassError(

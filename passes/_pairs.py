@@ -9,7 +9,7 @@ the block's output is what it was, nothing else reads it. No names and no list o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -56,20 +56,14 @@ def find_pairs(skeleton: Skeleton, ids: Sequence[int]) -> Found:
     """Try every norm and linear layer inside the blocks, on one text, one block in memory at a time."""
     found = Found()
 
-    def examine(name: str, block: nn.Module, call: tuple[Any, Any]) -> None:
-        _Block(name, block, *call).examine(found)
+    def enter(name: str) -> Callable[..., None]:
+        return lambda block, args, options, _: _Block(name, block, args, options).examine(found)
 
-    hooks = [
-        skeleton.module.get_submodule(name).register_forward_hook(
-            lambda block, args, options, _, name=name: examine(name, block, (args, options)), with_kwargs=True
-        )
-        for name in skeleton.blocks
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in skeleton.blocks:
+            block = skeleton.module.get_submodule(name)
+            hooks.enter_context(block.register_forward_hook(enter(name), with_kwargs=True))
         walk_over(skeleton, [ids[:PROBE_TOKENS]])
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -117,13 +111,15 @@ class _Block:
 
             return hook
 
+        def leave(factors: torch.Tensor) -> Callable[..., torch.Tensor]:
+            return lambda _, __, out: out * factors
+
         modules = self.norms | self.linears
-        hooks = [module.register_forward_pre_hook(enter(name)) for name, module in self.linears.items()]
-        hooks += [
-            modules[name].register_forward_hook(lambda _, __, out, factors=factors: out * factors)
-            for name, factors in multiplied.items()
-        ]
-        with _removed_after(hooks):
+        with ExitStack() as hooks:
+            for name, module in self.linears.items():
+                hooks.enter_context(module.register_forward_pre_hook(enter(name)))
+            for name, factors in multiplied.items():
+                hooks.enter_context(modules[name].register_forward_hook(leave(factors)))
             out = self.block.forward(*self.args, **self.options)
         return (out if isinstance(out, torch.Tensor) else out[0]), inputs
 
@@ -191,11 +187,17 @@ def _channels(before: torch.Tensor, after: torch.Tensor, factors: torch.Tensor) 
 
 
 def _gain_offset(norm: nn.Module) -> float | None:
-    """Return what a norm adds to its stored gain: found by scaling that and looking at what comes out."""
+    """Return what a norm adds to its stored gain: found by scaling that and looking at what comes out.
+
+    None where it is neither 0 nor 1, or where the norm reads more than one tensor, such as a gate.
+    """
     weight = norm.get_parameter("weight")
     factors = torch.linspace(0.5, 2, len(weight))
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
-    want = norm(x) * factors
+    try:
+        want = norm(x) * factors
+    except (TypeError, AttributeError):  # its other tensors have no default, or None
+        return None
     for offset in (0.0, 1.0):
         with _replaced(norm, scaled_norm(norm, offset, factors)):
             got = norm(x)
@@ -219,12 +221,3 @@ def _replaced(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iter
         yield
     finally:
         module._parameters |= kept
-
-
-@contextmanager
-def _removed_after(hooks: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

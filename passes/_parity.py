@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from passes._exact import exact_graph
 from passes._kind import first_line, kind_of, vocabulary_size
-from passes._pooling import Pooling, encode, pooling_of
+from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import IntegerLinear, QuantizedLinear
 from passes._walk import walk
 from passes.base import Context, Model, PassError
@@ -101,7 +101,7 @@ class Probe:
             logits: Array = module(input_ids=torch.tensor([self.ids]), use_cache=False).logits[0].numpy()
             return logits[self._asked()]
         tensors = {name: torch.tensor(value) for name, value in self.feed.items()}
-        if getattr(module.config, "type_vocab_size", 0) < 2:
+        if not has_token_types(module):
             tensors.pop("token_type_ids")
         return self._real_tokens(encode(module, tensors, pooling).numpy())
 

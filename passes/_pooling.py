@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from passes._sentence import Mode, SentenceSettings, sentence_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMALLEST_LENGTH = 1e-12
 
@@ -35,6 +38,11 @@ class Pooling(nn.Module):
         """Pool by every mode, side by side, and scale to length 1 where that was asked for."""
         pooled = torch.cat([_MODES[mode](hidden, mask) for mode in self.modes], dim=-1)
         return nn.functional.normalize(pooled, dim=-1, eps=SMALLEST_LENGTH) if self.normalized else pooled
+
+
+def has_token_types(module: PreTrainedModel) -> bool:
+    """Return whether an encoder is told which of two texts each token belongs to."""
+    return (getattr(module.config, "type_vocab_size", None) or 0) > 1
 
 
 def encode(module: nn.Module, feed: Mapping[str, torch.Tensor], pooling: Pooling | None) -> torch.Tensor:

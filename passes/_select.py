@@ -61,7 +61,8 @@ class Selection:
         require_patterns_match(self.step, self.exclude, skeleton.module)
         self._require_tables_agree(skeleton)
         if not self.specs(skeleton.module):
-            raise PassError(f"{self.step}: matched none of {len(skeleton.blocks)} blocks: no nn.Linear in them")
+            reason = "all are excluded" if replace(self, exclude=()).specs(skeleton.module) else "no nn.Linear in them"
+            raise PassError(f"{self.step}: matched none of {len(skeleton.blocks)} blocks: {reason}")
 
     def estimate(self, model: Model) -> Estimate:
         """Count layers and bytes from the headers."""

@@ -162,7 +162,7 @@ def context_length(folder: Path, config: Mapping[str, Any]) -> int:
 
 
 def _is_limit(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _UNLIMITED
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < _UNLIMITED
 
 
 def _read_modules(folder: Path) -> list[tuple[str, str]]:
@@ -222,7 +222,7 @@ def _prompts(path: Path) -> tuple[Mapping[str, str], str | None]:
     prompts, default = content.get("prompts") or {}, content.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise PassError(f"{path}: prompts: got {prompts!r:.80}, expected texts by name")
-    if default is not None and default not in prompts:
+    if default is not None and (not isinstance(default, str) or default not in prompts):
         raise PassError(f"{path}: default_prompt_name: got {default!r}, expected one of {', '.join(prompts) or 'none'}")
     return prompts, default
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from passes._attention import CacheShape, Route, Step, cache_shapes
 from passes._attention import route as route_named
-from passes._pooling import Pooling, encode, pooling_of
+from passes._kind import first_line
+from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import OPSET
 from passes._skeleton import Skeleton
 from passes.base import PassError
@@ -90,7 +91,7 @@ def trace_encoder(skeleton: Skeleton) -> ir.Model:
     mask = torch.ones(2, 5, dtype=torch.int64)
     names = ["input_ids", "attention_mask"]
     arguments = [ids, mask]
-    if getattr(skeleton.module.config, "type_vocab_size", 0) > 1:
+    if has_token_types(skeleton.module):
         names.append("token_type_ids")
         arguments.append(torch.zeros(2, 5, dtype=torch.int64))
     graph = _Encoder(skeleton.module, names, pooling_of(skeleton.assets, skeleton.config))
@@ -129,7 +130,7 @@ class _Decoder(nn.Module):
             lambda _, hidden: (hidden[0].flatten(0, 1).index_select(0, logits_positions)[None], *hidden[1:])
         )
         given = {"position_ids": positions} if self.takes_positions else {}
-        with _removed_after(rows):
+        with rows:
             out = self.wrapped(input_ids=input_ids, past_key_values=cache, use_cache=True, **given)
         return out.logits[0], self.route.present()
 
@@ -172,9 +173,8 @@ def _trace(
         cause = error.__cause__ or error
         if isinstance(cause, PassError):  # a route's own refusal, which the exporter wraps
             raise cause from error
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         architecture = type(skeleton.module).__name__
-        raise PassError(f"export_onnx: torch cannot trace {architecture}: {reason[:300]}") from error
+        raise PassError(f"export_onnx: torch cannot trace {architecture}: {first_line(cause)}") from error
     assert program is not None
     model = program.model
     model.ir_version = IR_VERSION
@@ -229,14 +229,6 @@ def _weightless(module: nn.Module) -> Iterator[None]:
     finally:
         for table, leaf, value in places:
             table[leaf] = value
-
-
-@contextmanager
-def _removed_after(hook: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def _largest(skeleton: Skeleton, layers: Sequence[str], texts: Sequence[Sequence
 
 def _peak(largest: Mapping[str, torch.Tensor]) -> float:
     """Return how far the largest channel stands out of a layer's input, over the mean one; mean of all layers."""
-    return sum(float(each.max() / each.mean()) for each in largest.values()) / len(largest)
+    return sum(float(each.max() / each.mean().clamp(min=SMALLEST)) for each in largest.values()) / len(largest)
 
 
 def _fold(

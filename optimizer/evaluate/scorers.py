@@ -211,13 +211,13 @@ def _encode(items: Sequence[Item], pooling: Pooling | None = None) -> Forward:
     """Return a forward pass of items of equal length that ends in logits [B, labels] or vectors [B, width]."""
     import torch
 
-    from passes._pooling import encode
+    from passes._pooling import encode, has_token_types
 
     ids = torch.tensor([item.ids for item in items])
     feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def forward(module: PreTrainedModel) -> NDArray[np.float32]:
-        if items[0].types and getattr(module.config, "type_vocab_size", 0) > 1:
+        if items[0].types and has_token_types(module):
             feed["token_type_ids"] = torch.tensor([item.types for item in items])
         answer: NDArray[np.float32] = encode(module, feed, pooling).numpy()
         return answer

@@ -21,6 +21,7 @@ from passes._calibrate import (
     observe,
     percentile,
     squared_error,
+    watch,
 )
 from passes._formats import quantize_affine
 from passes._skeleton import Skeleton
@@ -55,6 +56,19 @@ def test_counts_do_not_depend_on_the_order_of_what_is_counted() -> None:
     assert one.limit == other.limit == 128  # the smallest power of two above the outlier
     assert np.array_equal(one.counts, other.counts)
     assert one.counts.sum() == 200_000
+
+
+def test_a_layer_that_is_run_on_no_token_is_not_shown(workshop: Workshop) -> None:
+    skeleton = Skeleton(workshop.model("llama"))
+    block, shapes = skeleton.module.get_submodule(skeleton.blocks[0]), []
+    layer = block.get_submodule("mlp.down_proj")
+
+    def run_on_nothing(*_: object) -> None:
+        layer(torch.zeros(0, layer.in_features))
+
+    with block.register_forward_hook(run_on_nothing):
+        watch(skeleton, [f"{skeleton.blocks[0]}.mlp.down_proj"], TEXTS[:1], lambda _, x: shapes.append(tuple(x.shape)))
+    assert shapes == [(1, len(TEXTS[0]), layer.in_features)]
 
 
 def test_a_value_is_counted_in_the_bin_it_lies_in() -> None:

@@ -99,6 +99,8 @@ def test_context_is_the_least_of_what_files_of_an_encoder_say(tmp_path: Path) ->
     assert context_length(tmp_path, EMBEDDER) == 512
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 384})
     assert context_length(tmp_path, EMBEDDER) == 384
+    write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 0.5})
+    assert context_length(tmp_path, EMBEDDER) == 512
     write_sentence_files(tmp_path)
     write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 256})
     assert context_length(tmp_path, EMBEDDER) == 256
@@ -127,6 +129,10 @@ def file(name: str, content: Any) -> Callable[[Path], None]:
         ),
         (lambda folder: (folder / "modules.json").write_text("["), "modules.json: is not JSON"),
         (lambda folder: (folder / "1_Pooling/config.json").unlink(), "1_Pooling/config.json: cannot be read"),
+        (
+            file("config_sentence_transformers.json", {"prompts": {"a": ""}, "default_prompt_name": ["a"]}),
+            "default_prompt_name: got ['a'], expected one of a",
+        ),
         (file("1_Pooling/config.json", []), "1_Pooling/config.json: got a JSON list, expected an object"),
         (file("1_Pooling/config.json", {"pooling_mode": "attention"}), "pooling_mode: got ['attention'], expected cls"),
         (file("1_Pooling/config.json", {"pooling_mode_magic": True}), "unknown key 'pooling_mode_magic'"),

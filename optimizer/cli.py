@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json as json_format
 import os
 import sys
@@ -248,7 +249,7 @@ def predict(folder: Artifact, threads: Threads = None, json: AsJson = False) -> 
 
     from runtime.prediction import TextClassifier
 
-    predictions = TextClassifier.load(folder, threads=threads).predict(_standard_input().splitlines())
+    predictions = TextClassifier.load(folder, threads=threads).predict(_standard_lines())
     if json:
         typer.echo(json_format.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
         return ExitCode.PASS
@@ -278,7 +279,7 @@ def embed(
 
     if output is not None and output.suffix != ".npy":
         raise CommandError(f"--output: got {output}, expected a name that ends in .npy")
-    vectors = TextEmbedder.load(folder, threads=threads).embed(_standard_input().splitlines(), prompt)
+    vectors = TextEmbedder.load(folder, threads=threads).embed(_standard_lines(), prompt)
     if output is not None:
         import numpy
 
@@ -311,7 +312,7 @@ def rerank(
 
     from runtime.reranking import TextReranker
 
-    ranking = TextReranker.load(folder, threads=threads).rank(query, _standard_input().splitlines())
+    ranking = TextReranker.load(folder, threads=threads).rank(query, _standard_lines())
     if json:
         typer.echo(json_format.dumps([asdict(ranked) for ranked in ranking], ensure_ascii=False))
         return ExitCode.PASS
@@ -409,6 +410,11 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CommandError(f"standard input: got the byte {error.object[error.start]:#x}, expected UTF-8") from None
+
+
+def _standard_lines() -> list[str]:
+    """Return the lines of standard input; what Unicode calls a line separator is part of a text."""
+    return [line.removesuffix("\n") for line in io.StringIO(_standard_input(), newline=None)]
 
 
 def _no_such(name: str) -> str:

@@ -285,7 +285,7 @@ def _no_order(question: Question) -> Warnings:
 
     Source: Fisher's z with the variance of Bonett & Wright 2000, Psychometrika 65:23-28.
     """
-    rho = min(question.source.point, 1 - 1e-12)
+    rho = min(max(question.source.point, 1e-12 - 1), 1 - 1e-12)
     error = math.sqrt((1 + rho**2 / 2) / max(1, question.n - 3))
     if math.tanh(math.atanh(rho) - 1.645 * error) > 2 * question.limit:
         return ()

@@ -362,8 +362,10 @@ def scoring_code() -> str:
 
     folders = (*optimizer.evaluate.__path__, *runtime.__path__)
     files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
-    walk = source_fingerprint(Path(passes.__path__[0]) / "_walk.py")
-    return fingerprint([walk, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}])
+    of_passes = [source_fingerprint(Path(passes.__path__[0]) / name) for name in ("_walk.py", "_pooling.py")]
+    return fingerprint(
+        [of_passes, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}]
+    )
 
 
 def _hashes(calibration: Calibration) -> dict[str, str]:

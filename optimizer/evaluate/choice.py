@@ -144,6 +144,8 @@ def read_question(record: Record, layout: Layout) -> Question:
         assert isinstance(layout.answer, int)
         return Question(record, pairs, layout.answer)
     names = None if layout.names is None else render_all(layout.names, cells, where)
+    if names is not None and len(names) != count:
+        raise DataError(f"{where}: got {len(names)} names for {count} choices, expected one for each")
     texts = choices if len(choices) == count else prompts
     return Question(record, pairs, answer_index(cell(answer, record.cells, where), names, texts, f"{where}: {answer}"))
 
@@ -181,7 +183,7 @@ def _written_index(text: str, choices: Sequence[str]) -> int:
     text = text.strip()
     if text.isdecimal():
         return int(text)
-    return ord(text.upper()) - ord("A") if len(text) == 1 and text.isalpha() else -1
+    return ord(text.upper()) - ord("A") if len(text) == 1 and text.isascii() and text.isalpha() else -1
 
 
 # ---- items

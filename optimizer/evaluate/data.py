@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimizer.errors import ExitCode, OptimizeError
 from optimizer.reader import suggest
+from passes._kind import first_line
 
 if TYPE_CHECKING:
     from optimizer.recipe import DataSource
@@ -150,8 +151,3 @@ def _quiet_datasets() -> Iterator[None]:
         log.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where it has none."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

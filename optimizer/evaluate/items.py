@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.data import DataError, Record, Row, first_line, read_rows
+from optimizer.evaluate.data import DataError, Record, Row, read_rows
 from optimizer.source import eos_token_ids, read_object
-from passes._kind import kind_of, vocabulary_size
+from passes._kind import first_line, kind_of, vocabulary_size
 from passes._sentence import SentenceSettings, context_length, sentence_settings
 from runtime.chat_template import ChatTemplate
 
@@ -207,8 +207,8 @@ class TextReader:
         contexts_ids = dict(zip(contexts, self.encode_whole(list(contexts)), strict=True))
         wholes = self.encode_whole([context + rest for context, rest in moved])
         return [
-            (contexts_ids[context], whole[len(contexts_ids[context]) :]) if pair[0] else self._after_prefix(pair[1])
-            for pair, (context, _), whole in zip(pairs, moved, wholes, strict=True)
+            (contexts_ids[context], whole[len(contexts_ids[context]) :]) if context else self._after_prefix(rest)
+            for (context, rest), whole in zip(moved, wholes, strict=True)
         ]
 
     def _after_prefix(self, text: str) -> tuple[list[int], list[int]]:
@@ -244,7 +244,7 @@ class TextReader:
         Raises:
             CannotRun: the tokenizer gives an id that the model does not know.
         """
-        self.tokenizer.enable_truncation(min(context, self.context_length or context))
+        self.tokenizer.enable_truncation(min(context, self.context_length))
         found = [(encoding.ids, encoding.type_ids) for encoding in self.tokenizer.encode_batch(list(texts))]
         self._require_known([ids for ids, _ in found])
         return found

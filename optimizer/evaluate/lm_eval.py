@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from optimizer.errors import CannotRun, OptimizeError
-from optimizer.evaluate.data import first_line
 from optimizer.evaluate.items import Item, TextReader, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
+from passes._kind import first_line
 from passes.base import Progress
 from runtime.errors import ServingError
 

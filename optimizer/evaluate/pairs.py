@@ -76,6 +76,9 @@ class Pairs:
         pairs = list(_given(records, source, self.limit) if source.pair else _made(records, source))[: self.limit]
         if len(pairs) < 2:
             raise DataError(f"{source.files[0]}: got {len(pairs)} pairs of texts, expected at least 2 to be ordered")
+        if source.score is not None and len({pair.score for pair in pairs}) == 1:
+            got = f"the same number {pairs[0].score:g} for all {len(pairs)} pairs"
+            raise DataError(f"{source.files[0]}: {source.score}: got {got}, expected numbers to order them by")
         return _joint(pairs, reader, self.context) if reader.kind == "reranker" else _two(pairs, reader, self.context)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimizer.cli import main
+from optimizer.cli import _standard_lines, main
 from runtime.artifact import canonical_json
 from runtime.embedding import TextEmbedder
 from runtime.reranking import TextReranker
@@ -109,6 +109,11 @@ QUESTIONS = [
 def two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every command two texts on its standard input."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a fox\n日本語\n".encode())))
+
+
+def test_only_line_ends_separate_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("a\u2028b\x0cc\r\n\nd".encode())))
+    assert _standard_lines() == ["a\u2028b\x0cc", "", "d"]
 
 
 def said(arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -389,6 +389,11 @@ def test_a_candidate_that_orders_nothing_fails() -> None:
     assert (verdict.outcome, verdict.flags) == ("fail", ("not a number",))
 
 
+def test_two_items_in_the_wrong_order_are_no_crash() -> None:
+    reversed_ = scores("spearman", -1.0, reference=np.array([0.0, 1.0]), answer=np.array([1.0, 0.0]))
+    assert judge(reversed_, reversed_, Budget("spearman", 0.01)).outcome == "inconclusive"
+
+
 def test_a_source_that_orders_nothing_is_flagged() -> None:
     source, candidate = ordered(1000, 0.1)
     shuffled = np.random.default_rng(1).permutation(source.values["reference"])

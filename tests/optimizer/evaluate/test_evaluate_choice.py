@@ -134,10 +134,16 @@ def test_an_answer_is_a_number_a_letter_or_the_text_itself(value, index):
     assert answer_index(value, None, ["so be it", "no", "yes"], "row 1") == index
 
 
-@pytest.mark.parametrize("value", [3, -1, "D", "maybe", "", 1.5, None, "3"])
+@pytest.mark.parametrize("value", [3, -1, "D", "ß", "maybe", "", 1.5, None, "3"])
 def test_an_answer_that_is_none_of_the_choices_names_its_row(value):
     with pytest.raises(DataError, match=r"row 1: got .*, expected a number from 0 to 2"):
         answer_index(value, None, ["so be it", "no", "yes"], "row 1")
+
+
+def test_names_that_are_not_one_for_each_choice_are_refused(tmp_path, reader):
+    row = {"prompt": "a", "choices": ["b", "c"], "answer": "3"}
+    with pytest.raises(DataError, match="row 1: got 3 names for 2 choices, expected one for each"):
+        Choice(data="d", names=("1", "2", "3")).load(source(tmp_path, row), reader)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +199,8 @@ def test_white_space_at_the_end_of_a_prompt_belongs_to_the_choice(tmp_path, read
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     bytewise = replace(reader, tokenizer=tokenizer, vocabulary=256)
-    (before, after), (_, alone) = bytewise.encode_pairs([("a \n", "b"), (" ", "b")])
+    (before, after), (start, alone) = bytewise.encode_pairs([("a \n", "b"), (" ", "b")])
+    assert start == [bytewise.prefix]  # nothing is left of that prompt
     assert (tokenizer.decode(before), tokenizer.decode(after), tokenizer.decode(alone)) == ("a", " \nb", " b")
 
 

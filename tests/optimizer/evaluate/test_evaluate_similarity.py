@@ -79,7 +79,7 @@ def test_a_pair_is_one_text_of_a_reranker_with_types(tmp_path, reader):
 def test_texts_are_read_as_the_model_asks_for_it(tmp_path, reader):
     settings = SentenceSettings(("mean",), lower_case=True, prompts={"sts": "E "}, default_prompt="sts")
     (item, *_) = Pairs(4).load(
-        sts(tmp_path, [{"one": "A B C", "two": "c", "gold": 1}] * 2), replace(reader, sentence=settings)
+        sts(tmp_path, [{"one": "A B C", "two": "c", "gold": gold} for gold in (1, 2)]), replace(reader, sentence=settings)
     )
     assert (item.ids, item.second) == ((1, 7, 3, 2), (1, 7, 5, 2))
 
@@ -105,6 +105,11 @@ def test_without_a_second_column_each_text_is_in_one_pair(tmp_path, reader):
 def test_rows_that_are_no_pair_are_named(tmp_path, reader, row, reason):
     with pytest.raises(DataError, match=re.escape(f"sts.jsonl: row 1: {reason}")):
         Pairs(16).load(sts(tmp_path, [row]), reader)
+
+
+def test_scores_that_are_all_the_same_order_nothing(tmp_path, reader):
+    with pytest.raises(DataError, match=r"gold: got the same number 3 for all 3 pairs, expected numbers to order"):
+        Pairs(16).load(sts(tmp_path, [row | {"gold": 3} for row in STS]), reader)
 
 
 def test_one_pair_cannot_be_ordered(tmp_path, reader):

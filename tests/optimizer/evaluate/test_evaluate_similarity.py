@@ -78,9 +78,8 @@ def test_a_pair_is_one_text_of_a_reranker_with_types(tmp_path, reader):
 
 def test_texts_are_read_as_the_model_asks_for_it(tmp_path, reader):
     settings = SentenceSettings(("mean",), lower_case=True, prompts={"sts": "E "}, default_prompt="sts")
-    (item, *_) = Pairs(4).load(
-        sts(tmp_path, [{"one": "A B C", "two": "c", "gold": gold} for gold in (1, 2)]), replace(reader, sentence=settings)
-    )
+    rows = [{"one": "A B C", "two": "c", "gold": gold} for gold in (1, 2)]
+    item, _ = Pairs(4).load(sts(tmp_path, rows), replace(reader, sentence=settings))
     assert (item.ids, item.second) == ((1, 7, 3, 2), (1, 7, 5, 2))
 
 

@@ -193,11 +193,14 @@ def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
 
 
 def _reported(step: Step, source: Step | None) -> Iterator[str]:
-    """Yield the scores that no gate judges; what only compares with the source says nothing of the source."""
+    """Yield the scores that no gate judges; what only compares with the source says nothing of the source.
+
+    `nats_per_byte` is perplexity in another unit: a line need not say both, the record does.
+    """
     judged = {(gate.evaluation, gate.judges) for gate in step.gates}
     for name, score in step.scores.items():
         evaluation, _, metric = name.partition("/")
-        if (evaluation, metric) in judged or (source is None and metric in AGAINST_SOURCE):
+        if (evaluation, metric) in judged or metric == "nats_per_byte" or (source is None and metric in AGAINST_SOURCE):
             continue
         shown = metric if evaluation == metric else f"{evaluation} {metric}"
         before = None if source is None or metric in AGAINST_SOURCE else source.scores[name]

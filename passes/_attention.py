@@ -164,10 +164,7 @@ class Fused:
             PassError: some layer did not call the interface.
         """
         assert self._cache is not None
-        present = self._cache.present
-        if set(present) != set(range(len(self._shapes))):
-            raise PassError(f"{len(present)} of {len(self._shapes)} attention layers use transformers' interface")
-        return [side for layer in range(len(present)) for side in present[layer]]
+        return self._cache.sides(len(self._shapes), "use transformers' interface")
 
     def _attend(
         self,
@@ -246,6 +243,12 @@ class _GraphCache(Cache):
         self.past = list(zip(step.past[::2], step.past[1::2], strict=True))
         self.present: dict[int, list[torch.Tensor]] = {}
 
+    def sides(self, layers: int, expected: str) -> list[torch.Tensor]:
+        """Return key and value of each layer in turn; refuse when some layer left none."""
+        if set(self.present) != set(range(layers)):
+            raise PassError(f"{len(self.present)} of {layers} attention layers {expected}")
+        return [side for layer in range(layers) for side in self.present[layer]]
+
 
 class _FusedCache(_GraphCache):
     """Hands new keys and values through: the operator joins them with the past."""
@@ -297,10 +300,7 @@ class Plain:
             PassError: some layer did not ask the cache.
         """
         assert self._cache is not None
-        present = self._cache.present
-        if set(present) != set(range(len(self._shapes))):
-            raise PassError(f"{len(present)} of {len(self._shapes)} attention layers use the cache they are given")
-        return [side for layer in range(len(present)) for side in present[layer]]
+        return self._cache.sides(len(self._shapes), "use the cache they are given")
 
     def _mask(
         self, *_: Any, mask_function: Callable[..., torch.Tensor], dtype: torch.dtype = torch.float32, **__: Any

@@ -4,57 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact import Manifest, Sentence, verify
+from runtime.artifact import Manifest, Sentence
 from runtime.batching import equal_length_batches
+from runtime.encoder import TextEncoder
 from runtime.errors import ArtifactError, PromptError
-from runtime.session import EncoderSession, pad_id
-from runtime.tokenizer import Tokenizer
 
 VECTOR = "sentence_embedding"
 
 
-class TextEmbedder:
+class TextEmbedder(TextEncoder):
     """A loaded embedder artifact; not thread-safe."""
 
-    def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer, sentence: Sentence) -> None:
-        self.manifest = manifest
-        self.session = session
-        self.tokenizer = tokenizer
-        self.sentence = sentence
+    kind = "embedder"
+    task = "it makes no vectors"
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], *, threads: int | None = None, digest: str | None = None
-    ) -> TextEmbedder:
-        """Verify an artifact and load it.
-
-        Args:
-            folder: the artifact.
-            threads: threads per operator; None takes what this process was given.
-            digest: the identity to insist on.
-
-        Raises:
-            ServingError: one line that says what is wrong.
-        """
-        return cls.from_verified(folder, verify(folder, digest), threads=threads)
-
-    @classmethod
-    def from_verified(cls, folder: str | os.PathLike[str], manifest: Manifest, *, threads: int | None) -> TextEmbedder:
-        """Load an artifact that `verify` has just returned this manifest for."""
-        if manifest.kind != "embedder":
-            raise ArtifactError(f"{folder}: is {manifest.described_kind}, expected an embedder; it makes no vectors")
+    def require(cls, folder: str | os.PathLike[str], manifest: Manifest) -> None:
+        """Refuse an embedder whose source did not say how tokens become one vector."""
         if manifest.sentence is None or manifest.outputs[0].name != VECTOR:
             raise ArtifactError(
                 f"{folder}: ends in {manifest.outputs[0].name}, expected {VECTOR}: its source has no modules.json of "
                 "sentence-transformers that says how tokens become one vector; add one to the source, build it again"
             )
-        session = EncoderSession(Path(folder) / manifest.graphs["model"], threads=threads, pad_id=pad_id(folder))
-        return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length), manifest.sentence)
+
+    @property
+    def sentence(self) -> Sentence:
+        """Return how texts are read; `require` has made sure that it is there."""
+        assert self.manifest.sentence is not None
+        return self.manifest.sentence
 
     @property
     def width(self) -> int:

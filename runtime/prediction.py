@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact import Manifest, verify
+from runtime.encoder import TextEncoder
 from runtime.errors import ArtifactError, SessionError
-from runtime.session import EncoderSession, pad_id
-from runtime.tokenizer import Tokenizer
 
 BATCH_TEXTS: Final = 32
 
@@ -34,42 +30,11 @@ class Prediction:
     probability: float
 
 
-class TextClassifier:
+class TextClassifier(TextEncoder):
     """A loaded classifier artifact; not thread-safe."""
 
-    def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer) -> None:
-        self.manifest = manifest
-        self.session = session
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], *, threads: int | None = None, digest: str | None = None
-    ) -> TextClassifier:
-        """Verify an artifact and load it.
-
-        Args:
-            folder: the artifact.
-            threads: threads per operator; None takes what this process was given.
-            digest: the identity to insist on.
-
-        Raises:
-            ServingError: one line that says what is wrong.
-        """
-        return cls.from_verified(folder, verify(folder, digest), threads=threads)
-
-    @classmethod
-    def from_verified(
-        cls, folder: str | os.PathLike[str], manifest: Manifest, *, threads: int | None
-    ) -> TextClassifier:
-        """Load an artifact that `verify` has just returned this manifest for."""
-        if manifest.kind != "classifier":
-            raise ArtifactError(
-                f"{folder}: is {manifest.described_kind}, expected a classifier; it cannot predict labels"
-            )
-        path = Path(folder) / manifest.graphs["model"]
-        session = EncoderSession(path, threads=threads, pad_id=pad_id(folder))
-        return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
+    kind = "classifier"
+    task = "it cannot predict labels"
 
     def predict(self, texts: Sequence[str], batch: int = BATCH_TEXTS) -> list[Prediction]:
         """Return the most likely class of each text, in the order given.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.artifact import Manifest, verify
 from runtime.batching import equal_length_batches
-from runtime.errors import ArtifactError
-from runtime.session import EncoderSession, pad_id
-from runtime.tokenizer import Tokenizer
+from runtime.encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -32,39 +27,11 @@ class Ranked:
     document: str
 
 
-class TextReranker:
+class TextReranker(TextEncoder):
     """A loaded reranker artifact; not thread-safe."""
 
-    def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer) -> None:
-        self.manifest = manifest
-        self.session = session
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], *, threads: int | None = None, digest: str | None = None
-    ) -> TextReranker:
-        """Verify an artifact and load it.
-
-        Args:
-            folder: the artifact.
-            threads: threads per operator; None takes what this process was given.
-            digest: the identity to insist on.
-
-        Raises:
-            ServingError: one line that says what is wrong.
-        """
-        return cls.from_verified(folder, verify(folder, digest), threads=threads)
-
-    @classmethod
-    def from_verified(cls, folder: str | os.PathLike[str], manifest: Manifest, *, threads: int | None) -> TextReranker:
-        """Load an artifact that `verify` has just returned this manifest for."""
-        if manifest.kind != "reranker":
-            raise ArtifactError(
-                f"{folder}: is {manifest.described_kind}, expected a reranker; it does not score two texts"
-            )
-        session = EncoderSession(Path(folder) / manifest.graphs["model"], threads=threads, pad_id=pad_id(folder))
-        return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
+    kind = "reranker"
+    task = "it does not score two texts"
 
     def rank(self, query: str, documents: Sequence[str]) -> list[Ranked]:
         """Return the documents, best first; equal scores stay in the order given."""

@@ -1,0 +1,57 @@
+"""What every served encoder has: a verified artifact of its kind, a session, a tokenizer that cuts at the context."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar, Self
+
+from runtime.artifact import Manifest, verify
+from runtime.errors import ArtifactError
+from runtime.session import EncoderSession, pad_id
+from runtime.tokenizer import Tokenizer
+
+
+class TextEncoder:
+    """A loaded encoder artifact of one kind; not thread-safe.
+
+    Attributes:
+        kind: of the artifacts it loads.
+        task: what an artifact of another kind cannot do, for the message that says so.
+    """
+
+    kind: ClassVar[str]
+    task: ClassVar[str]
+
+    def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer) -> None:
+        self.manifest = manifest
+        self.session = session
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, threads: int | None = None, digest: str | None = None) -> Self:
+        """Verify an artifact and load it.
+
+        Args:
+            folder: the artifact.
+            threads: threads per operator; None takes what this process was given.
+            digest: the identity to insist on.
+
+        Raises:
+            ServingError: one line that says what is wrong.
+        """
+        return cls.from_verified(folder, verify(folder, digest), threads=threads)
+
+    @classmethod
+    def from_verified(cls, folder: str | os.PathLike[str], manifest: Manifest, *, threads: int | None) -> Self:
+        """Load an artifact that `verify` has just returned this manifest for."""
+        if manifest.kind != cls.kind:
+            article = "an" if cls.kind[0] in "aeiou" else "a"
+            raise ArtifactError(f"{folder}: is {manifest.described_kind}, expected {article} {cls.kind}; {cls.task}")
+        cls.require(folder, manifest)
+        session = EncoderSession(Path(folder) / manifest.graphs["model"], threads=threads, pad_id=pad_id(folder))
+        return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
+
+    @classmethod
+    def require(cls, folder: str | os.PathLike[str], manifest: Manifest) -> None:
+        """Raise ArtifactError where an artifact of this kind lacks what serving it needs."""

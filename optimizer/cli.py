@@ -102,7 +102,8 @@ def run(
 def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) -> int:
     """Say what a recipe would do, without doing it.
 
-    Reads configuration and headers only. Exit code 4 when a pass refuses the model.
+    Reads configuration and headers, and tries the architecture on a small twin (seconds). Exit code 4 when a pass
+    refuses the model.
     """
     from optimizer.recipe import load
 
@@ -112,9 +113,11 @@ def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) ->
 
     from optimizer.plan import plan as plan_steps
     from optimizer.plan import plan_lines
+    from optimizer.quiet import quiet_libraries
     from optimizer.source import load_source
 
-    steps = plan_steps(checked, load_source(checked.model, checked.model_folder).model)
+    with quiet_libraries():
+        steps = plan_steps(checked, load_source(checked.model, checked.model_folder).model)
     lines = [json_format.dumps([asdict(step) for step in steps], indent=1)] if json else plan_lines(steps)
     typer.echo("\n".join(lines))
     return ExitCode.CANNOT_RUN if any(step.is_refused for step in steps) else ExitCode.PASS

@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.gate import judge, require_judgeable
 from optimizer.lock import lock_text, machine, versions
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
+from optimizer.quiet import quiet_libraries
 from optimizer.recipe import Recipe
 from optimizer.record import Judged, Run, SizeVerdict, Step
 from optimizer.report import Reporter, Style
@@ -63,7 +64,7 @@ def run(
 def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | None, keep: bool, told: Reporter) -> Run:
     start = time.perf_counter()
     require_replaceable(folder)
-    with Store(store or default_root(), default_limit(), told.warn) as opened:
+    with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
         chain = _Chain.begin(recipe, opened, told)
         steps = tuple(chain.steps(stop_after, must_end=keep))
         size = chain.size(steps[-1]) if stop_after is None else None
@@ -193,7 +194,7 @@ class _Chain:
         key = fingerprint(["admitted", self.source.model.config, _pass_identity(each), SEED, versions(), machine()])
 
         def ask(folder: Path) -> Mapping[str, Any]:
-            with self.told.progress(f"{each.name()}: trying the architecture"), _quiet_libraries():
+            with self.told.progress(f"{each.name()}: trying the architecture"):
                 each.admits(self.source.model, self._context(each, folder, no_progress))
             return {}
 
@@ -240,10 +241,9 @@ class _Chain:
         _give_back_freed_memory()
         torch.manual_seed(SEED)
         context = self._context(each, folder, progress)
-        with _quiet_libraries():
-            each.requires(self.model)
-            result = each.run(self.model, context)
-            each.ensures(self.model, result.model, context)
+        each.requires(self.model)
+        result = each.run(self.model, context)
+        each.ensures(self.model, result.model, context)
         return {
             "stage": asdict(result.model.stage),
             "config": dict(result.model.config),
@@ -274,7 +274,7 @@ class _Chain:
         against = None if self.model is self.source.model else self.source_results
         scorer = self._scorer()
         start = time.perf_counter()
-        with self.told.progress(f"scoring {what}") as progress, _quiet_libraries():
+        with self.told.progress(f"scoring {what}") as progress:
             results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress, self.reader)
         for name, result in results.items():
             result.save(folder / name)
@@ -393,17 +393,3 @@ def _give_back_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice off the user's screen."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

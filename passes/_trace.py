@@ -9,9 +9,12 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
 from typing import Any
 
 import onnx_ir as ir
@@ -157,7 +160,7 @@ def _trace(
     outputs: Sequence[str],
 ) -> ir.Model:
     try:
-        with _weightless(skeleton.module), _quiet(), torch.no_grad():
+        with interrupts_kept(), _weightless(skeleton.module), _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph,
                 arguments,
@@ -229,6 +232,31 @@ def _weightless(module: nn.Module) -> Iterator[None]:
     finally:
         for table, leaf, value in places:
             table[leaf] = value
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end when Ctrl-C was pressed meanwhile and nobody passed it on.
+
+    Tracing runs Python from places that drop an exception, such as callbacks of weak references: the run would go on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came.is_set():
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from optimizer.errors import CommandError, ExitCode, OptimizeError
+from passes._interrupts import interrupts_kept
 
 _EXTRAS = {
     "cpu": {"onnxruntime"},
@@ -354,8 +355,10 @@ def clean(
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; one line per mistake, a traceback for nobody but us."""
     args = sys.argv[1:] if args is None else args
+    command = typer.main.get_command(app)
     try:
-        result = typer.main.get_command(app).main(list(args) or ["--help"], prog_name="optimize", standalone_mode=False)
+        with interrupts_kept():
+            result = command.main(list(args) or ["--help"], prog_name="optimize", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         result = ExitCode.INTERRUPTED
     except BrokenPipeError:

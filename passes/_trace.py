@@ -9,12 +9,9 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import FrameType
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +21,7 @@ from transformers import PreTrainedModel
 
 from passes._attention import CacheShape, Route, Step, cache_shapes
 from passes._attention import route as route_named
+from passes._interrupts import interrupts_kept
 from passes._kind import first_line
 from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import OPSET
@@ -232,31 +230,6 @@ def _weightless(module: nn.Module) -> Iterator[None]:
     finally:
         for table, leaf, value in places:
             table[leaf] = value
-
-
-@contextmanager
-def interrupts_kept() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end when Ctrl-C was pressed meanwhile and nobody passed it on.
-
-    Tracing runs Python from places that drop an exception, such as callbacks of weak references: the run would go on.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came = threading.Event()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.set()
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came.is_set():
-            raise KeyboardInterrupt
 
 
 @contextmanager

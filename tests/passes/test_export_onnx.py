@@ -6,7 +6,6 @@ import functools
 import math
 import operator
 import re
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from passes._lower import lower
 from passes._parity import GraphRunner, Probe, range_error
 from passes._safetensors import tensor_index
 from passes._skeleton import Skeleton
-from passes._trace import interrupts_kept
 from passes._twin import TOLERANCE, choose_lowering
 from passes.base import ONNX, Model, Pass, PassError
 
@@ -265,18 +263,6 @@ def test_range_error_is_infinite_where_there_is_nothing_to_compare() -> None:
     assert range_error(want[:2], want) == math.inf
     assert range_error(np.array([0, np.nan, 4]), want) == math.inf
     assert range_error(want, np.array([0, np.inf, 4])) == math.inf
-
-
-@pytest.mark.parametrize("is_dropped", [True, False])
-def test_ctrl_c_while_a_model_is_traced_is_never_lost(is_dropped: bool) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interrupts_kept():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:  # as torch does in places
-            if not is_dropped:
-                raise
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def hidden_files(folder: Path) -> Iterator[str]:

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from optimizer.costs import measured
 from optimizer.errors import CannotRun
 from optimizer.evaluate.calibration import Calibration, load_calibration
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, tokens_read
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
 from optimizer.fingerprint import fingerprint, source_fingerprint
@@ -86,6 +87,7 @@ class Scored:
 
     is_scored: bool = False
     score_s: float = 0.0
+    score_peak_bytes: int = 0
 
 
 @dataclass
@@ -229,6 +231,7 @@ class _Chain:
             note=meta["note"],
             is_stored=not entry.is_new,
             pass_s=meta["seconds"],
+            pass_peak_bytes=meta.get("peak_bytes", 0),
             **asdict(self.scored),
         )
 
@@ -236,20 +239,23 @@ class _Chain:
         """Run one pass into `folder`; return what the store is to remember of it."""
         import torch
 
-        start = time.perf_counter()
         torch.set_num_threads(self.threads)
         _give_back_freed_memory()
         torch.manual_seed(SEED)
         context = self._context(each, folder, progress)
-        each.requires(self.model)
-        result = each.run(self.model, context)
-        each.ensures(self.model, result.model, context)
+        is_new = not any(folder.iterdir())
+        root, name = self.store.root, each.name()
+        with measured(root, name, self._bytes(), threads=self.threads, keep=is_new) as spent:
+            each.requires(self.model)
+            result = each.run(self.model, context)
+            each.ensures(self.model, result.model, context)
         return {
             "stage": asdict(result.model.stage),
             "config": dict(result.model.config),
             "changes": dict(result.changes),
             "note": result.note,
-            "seconds": time.perf_counter() - start,
+            "seconds": spent.seconds,
+            "peak_bytes": spent.peak_bytes,
         }
 
     def _score(self, what: str) -> None:
@@ -263,7 +269,7 @@ class _Chain:
         parts = ["scores", code, self.key, asked, self.threads, versions(), machine(), self._source_key()]
         entry = self.store.get_or_build(fingerprint(parts), lambda folder: self._evaluate(what, folder))
         self.results = {name: load_result(entry.folder / name) for name in self.items}
-        self.scored = Scored(entry.is_new, entry.meta["seconds"])
+        self.scored = Scored(entry.is_new, entry.meta["seconds"], entry.meta.get("peak_bytes", 0))
 
     def _source_key(self) -> str:
         return "" if self.model is self.source.model else source_identity(self.source, self.store)
@@ -273,12 +279,15 @@ class _Chain:
 
         against = None if self.model is self.source.model else self.source_results
         scorer = self._scorer()
-        start = time.perf_counter()
-        with self.told.progress(f"scoring {what}") as progress:
+        name, tokens = f"scoring {self.model.stage.name}", tokens_read(self.recipe.evaluate, self.items)
+        with (
+            self.told.progress(f"scoring {what}") as progress,
+            measured(self.store.root, name, self._bytes(), tokens=tokens, threads=self.threads) as spent,
+        ):
             results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress, self.reader)
         for name, result in results.items():
             result.save(folder / name)
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes}
 
     def _scorer(self) -> Any:
         from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer

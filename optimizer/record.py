@@ -46,7 +46,9 @@ class Step:
         is_scored: the scores were made by this run, not found in the store.
         bytes: size on disk of what the runtime would load: weights, and the graph where there is one.
         pass_s: seconds the pass took when it was run, its own checks included.
+        pass_peak_bytes: largest resident memory of the process when the pass was run; 0 where that is not measured.
         score_s: seconds the scoring took when it was run; 0 when nothing is evaluated.
+        score_peak_bytes: largest resident memory of the process when it was scored; 0 where that is not measured.
         scores: evaluation and metric -> score.
         gates: what the gates say of the model at this point, against the source.
     """
@@ -61,7 +63,9 @@ class Step:
     is_stored: bool = False
     is_scored: bool = False
     pass_s: float = 0.0
+    pass_peak_bytes: int = 0
     score_s: float = 0.0
+    score_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)

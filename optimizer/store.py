@@ -5,6 +5,7 @@
     ROOT/locks/KEY.use      shared lock of each run that uses or builds KEY; exclusive while KEY is being removed
     ROOT/locks/KEY.build    exclusive lock of the one run that builds KEY
     ROOT/facts/             what was found out about files outside the store, by path, size and times
+    ROOT/measured/          what passes and scorings took, line by line: `costs.py`
     ROOT/trash/             on its way out
 
 A name appears in `entries` by one rename, so a kill at any moment leaves a finished entry or a partial one. Data is
@@ -272,6 +273,8 @@ class Store:
         for path in (self.root / "facts").glob("*"):
             if everything or _modified(path) < time.time() - _FACT_LIFE_S:
                 path.unlink(missing_ok=True)
+        if everything:
+            shutil.rmtree(self.root / "measured", ignore_errors=True)
 
     def _lock_path(self, key: str, purpose: str) -> Path:
         return self.root / "locks" / f"{key}.{purpose}"

@@ -84,6 +84,13 @@ def items_hash(items: Sequence[Item], context: int | None) -> str:
     return digest.hexdigest()
 
 
+def tokens_read(tasks: Mapping[str, Task], items: Mapping[str, Sequence[Item]]) -> int:
+    """Count the tokens that a model reads and writes to be scored; tasks whose items are equal share one reading."""
+    distinct = {items_hash(items[name], 0): items[name] for name in tasks}
+    read = sum(len(text) for chosen in distinct.values() for item in chosen for text in item.texts)
+    return read + sum(getattr(task, "max_tokens", 0) * len(items[name]) for name, task in tasks.items())
+
+
 def majority_share(items: Sequence[Item]) -> float | None:
     """Return the share of the most frequent label: what a model that reads nothing gets right. None without labels."""
     labels = Counter(item.label for item in items if item.label is not None)

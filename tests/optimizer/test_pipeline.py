@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from optimizer.costs import recorded
 from optimizer.errors import CannotRun, ExitCode
 from optimizer.pipeline import run, scoring_code
 from optimizer.recipe import DataSource, Gate, Recipe, SizeBudget, Target
@@ -250,3 +251,13 @@ def test_configuration_that_leaves_sizes_open_is_refused_before_any_pass(
 def test_scores_are_kept_under_the_code_that_made_them() -> None:
     assert scoring_code() == scoring_code()
     assert len(scoring_code()) == 64
+
+
+def test_costs_of_work_that_was_done_are_remembered_once(bench: Bench) -> None:
+    done = bench.run(Lower(), Polish())
+    bench.run(Lower(), Polish())
+    costs = recorded(bench.folder / "store", threads=1)
+    assert [cost.what for cost in costs] == ["lower", "polish"]
+    assert [cost.seconds for cost in costs] == [step.pass_s for step in done.steps[1:]]
+    assert [cost.bytes for cost in costs] == [step.bytes for step in done.steps[:-1]]
+    assert [cost.peak_bytes for cost in costs] == [step.pass_peak_bytes for step in done.steps[1:]]

@@ -26,13 +26,18 @@ _SKEWED_GROUPS = 200
 _BCA_ITEMS = 500
 _BCA_CLASS_ITEMS = 5
 _BCA_CHANGES = 20
+_BCA = ("f1", "spearman")
+_LEAST_LEVEL = 0.005
 _POWER = 0.8
 _LARGEST_LOG = 700.0  # exp of it is still a finite float
 
 
 @dataclass(frozen=True)
 class Question:
-    """Two scores of the same items, the loss allowed in the metric's unit, and the levels of both claims."""
+    """Two scores of the same items, the loss allowed in the metric's unit, and the levels of both claims.
+
+    `alpha` and `fail_alpha` are the levels of this look, `over_all` those of all looks together.
+    """
 
     source: Scores
     candidate: Scores
@@ -40,6 +45,17 @@ class Question:
     alpha: float
     fail_alpha: float
     chance: float | None = None
+    over_all: tuple[float, float] | None = None
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Return the levels of pass and fail over all looks; of this one where it is the only one."""
+        return self.over_all or (self.alpha, self.fail_alpha)
+
+    @property
+    def planned(self) -> float:
+        """Return the level of the pass claim for which the items needed are counted."""
+        return self.levels[0]
 
     @property
     def n(self) -> int:
@@ -75,6 +91,21 @@ class Evidence:
     mcnemar_p: float | None = None
 
 
+def skip_words(question: Question, most: int) -> str:
+    """Return why a look at some of `most` items cannot carry a verdict, whatever they show; empty when it can.
+
+    Only right and wrong answers are judged exactly at any level. Simulated false pass of means at a level of 0.0025,
+    skewness 2, 100 documents: 1.9 times that level.
+    """
+    if question.source.metric == "accuracy" or (question.source.metric == "flips" and not _is_clustered(question)):
+        return ""
+    if question.n < most / 2 or question.alpha < _LEAST_LEVEL:
+        return f"only exact tests look so early: half of the items and a level of {_LEAST_LEVEL} needed"
+    if question.source.metric in _BCA and question.n < _BCA_ITEMS:
+        return f"{question.n} items; {_BCA_ITEMS} needed"
+    return ""
+
+
 def compare(question: Question) -> Evidence:
     """Bound the loss that the items show."""
     return _COMPARE[question.source.metric](question)
@@ -93,10 +124,10 @@ def _compare_accuracy(question: Question) -> Evidence:
     more_gained, fewer_lost, effective = _shrink(gained, lost, n, effect)
     limit = question.limit
     floor = rate.zero_change_floor(limit, question.alpha)
-    needed = paired.items_needed(limit, (lost + gained) / n, question.alpha)
+    needed = paired.items_needed(limit, (lost + gained) / n, question.planned)
     spread = math.sqrt((lost + gained) / n - ((lost - gained) / n) ** 2)
     if needed <= effective:
-        needed = _units_needed(spread, limit, (lost - gained) / n, question.alpha)
+        needed = _units_needed(spread, limit, (lost - gained) / n, question.planned)
     unit = "effective items" if effect > 1 else "items"
     too_few = f"{effective} {unit} cannot pass: {floor} needed even with none lost"
     return Evidence(
@@ -104,7 +135,7 @@ def _compare_accuracy(question: Question) -> Evidence:
         lower=paired.lower_bound_at(limit, fewer_lost, more_gained, effective, question.fail_alpha),
         upper=paired.upper_bound_at(limit, *against_pass, question.alpha),
         n_effective=effective,
-        items_needed=math.ceil(max(needed, floor, effective + 1) * effect),
+        items_needed=math.ceil(max(needed, effective + 1) * effect),
         refusal=_too_few_groups(question),
         warnings=_few_groups(question) + _near_chance(question, before),
         undecided=too_few if effective < floor else "",
@@ -166,9 +197,9 @@ def _compare_ratio(
     lower, upper = ratio.ratio_interval(sums, sizes, question.alpha, question.fail_alpha)
     documents, effective = len(sums), clusters.effective_groups(sizes)
     deviation = ratio.document_deviation(sums, sizes) if documents > 1 else 0.0
-    needed = _units_needed(deviation, margin, loss if assumed_loss is None else assumed_loss, question.alpha)
+    needed = _units_needed(deviation, margin, loss if assumed_loss is None else assumed_loss, question.planned)
     if needed <= documents:
-        needed = _units_needed(deviation, margin, loss, question.alpha)
+        needed = _units_needed(deviation, margin, loss, question.planned)
     needed = max(needed, documents + 1, math.ceil(clusters.FEWEST_GROUPS * documents / effective))
     return Evidence(
         difference=loss,
@@ -188,8 +219,10 @@ def _compare_flips(question: Question) -> Evidence:
     effective = rate.effective_positions(changed, sizes)
     lower, upper = rate.clustered_rate(changed, sizes, question.alpha, question.fail_alpha)
     floor = rate.zero_change_floor(question.limit, question.alpha)
-    needed = max(rate.positions_needed(share, question.limit, question.alpha) * question.n / effective, question.n + 1)
-    is_clustered = bool(np.any(sizes > 1))
+    needed = max(
+        rate.positions_needed(share, question.limit, question.planned) * question.n / effective, question.n + 1
+    )
+    is_clustered = _is_clustered(question)
     documents = clusters.effective_groups(sizes)
     skew = _skewed(changed - share * sizes, documents)
     too_few = f"{math.floor(effective)} effective positions cannot pass: {floor} needed even with none changed"
@@ -205,6 +238,11 @@ def _compare_flips(question: Question) -> Evidence:
     )
 
 
+def _is_clustered(question: Question) -> bool:
+    """Tell whether some document has several positions."""
+    return bool(np.any(question.by_group(question.candidate.values["tokens"]) > 1))
+
+
 def _compare_f1(question: Question) -> Evidence:
     """Compare macro-F1 by BCa, or by the worst that the changed answers could cost when few changed."""
     reference = question.pair("reference")[0].astype(np.int64)
@@ -215,7 +253,9 @@ def _compare_f1(question: Question) -> Evidence:
     interval = macro_f1.few_changes_interval if has_few_changes else macro_f1.macro_f1_interval
     lower, upper = interval(answers, question.alpha, question.fail_alpha)
     rarest = int(np.unique(reference, return_counts=True)[1].min())
-    needed = max(paired.items_needed(question.limit, changed / question.n, question.alpha), _BCA_ITEMS, question.n + 1)
+    needed = max(
+        paired.items_needed(question.limit, changed / question.n, question.planned), _BCA_ITEMS, question.n + 1
+    )
     words = f"only {changed} answers changed, {_BCA_CHANGES} needed for BCa: bounded as if each did its worst"
     return Evidence(
         difference=macro_f1.macro_f1(reference, before) - macro_f1.macro_f1(reference, after),
@@ -269,9 +309,9 @@ def _correlated_items_needed(
     least = max(_BCA_ITEMS, question.n + 1)
     if has_few_changes:  # -log(alpha) items may have changed, and each costs at most (9 - 12 / n) / n: more with ties
         most = spearman.worst_loss_per_move(reference, before) * question.n + 12 / question.n
-        return max(least, math.ceil(-math.log(question.alpha) * most / question.limit))
+        return max(least, math.ceil(-math.log(question.planned) * most / question.limit))
     deviation = (upper - loss) / float(ndtri(1 - question.alpha)) * math.sqrt(question.n)
-    return max(least, _units_needed(deviation, question.limit, loss, question.alpha))
+    return max(least, _units_needed(deviation, question.limit, loss, question.planned))
 
 
 def _spearman_refusal(question: Question, has_few_changes: bool) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare
+from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare, skip_words
 from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
+from .statistics.sequential import INFLATION, Spending, looks
 
-__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Verdict", "judge", "require_judgeable"]
+__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Spending", "Verdict", "judge", "looks", "require_judgeable"]
 
 Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
@@ -76,7 +77,7 @@ class Verdict:
         lower: one-sided bound of the loss at the level of the fail claim.
         upper: one-sided bound of the loss at level `alpha`.
         limit: the budget in the same unit as the difference.
-        alpha: level of the pass claim.
+        alpha: level of the pass claim; of this look, where there are several.
         n_items: items compared.
         n_effective: independent units that carry as much information: items (accuracy), groups (f1, spearman),
             documents (perplexity, kl), positions (flips).
@@ -84,6 +85,9 @@ class Verdict:
         items_needed: items of this kind that would decide with probability 0.8; None when decided.
         mcnemar_p: accuracy of ungrouped items: evidence of any difference at all; never used to decide.
         flags: warnings a program can read: `FLAGS`.
+        looked_at: items after which level was last spent: `n_items`, or the look before when this one was skipped
+            because it could not decide.
+        is_hopeless: the items still to come would hardly decide either.
     """
 
     metric: str
@@ -101,6 +105,8 @@ class Verdict:
     items_needed: int | None
     mcnemar_p: float | None
     flags: tuple[str, ...]
+    looked_at: int = 0
+    is_hopeless: bool = False
 
 
 def require_judgeable(scores: Mapping[str, Scores], budget: Budget) -> None:
@@ -123,6 +129,7 @@ def judge(
     alpha: float = 0.05,
     fail_alpha: float | None = None,
     chance: float | None = None,
+    spending: Spending | None = None,
 ) -> Verdict:
     """Decide whether `candidate` is shown to stay within `budget` of `source`.
 
@@ -133,6 +140,8 @@ def judge(
         alpha: one-sided level of the pass claim, below 0.5.
         fail_alpha: one-sided level of the fail claim; `alpha` when None.
         chance: accuracy only: share of the most frequent label. A source hardly above it is flagged.
+        spending: where the items are the first of more to come: what this look may spend of both levels. A look that
+            could not decide is skipped: it spends nothing, and is inconclusive whatever its interval.
 
     Raises:
         ValueError: the scores are not of the same items, or not of the budget's metric.
@@ -142,15 +151,51 @@ def judge(
     levels = alpha, alpha if fail_alpha is None else fail_alpha
     if not all(0 < level < 0.5 for level in levels):
         raise ValueError(f"gate: level out of range, got {levels}, expected above 0 and below 0.5")
-    question = Question(source, candidate, limit, *levels, chance)
+    look = spending or Spending(len(source.groups))
+    pass_level, fail_level = (look.level(level, len(source.groups)) for level in levels)
+    question = Question(source, candidate, limit, pass_level, fail_level, chance, levels)
     broken = not_finite("source", source) or not_finite("candidate", candidate)
     if broken:
         return _verdict(question, _NOTHING, "fail", broken, ((NOT_A_NUMBER, ""),))
     if limit <= 0:
         reason = f"the source's own {source.metric} is {source.point:g}: a share of it allows nothing"
-        return _verdict(question, _NOTHING, "inconclusive", reason, ())
+        return _skipped(_verdict(question, _NOTHING, "inconclusive", reason, ()), look)
+    return _look(question, look)
+
+
+def _look(question: Question, look: Spending) -> Verdict:
+    """Decide by what the items show; a look before the last is skipped when they cannot decide whatever they show."""
+    is_last = question.n == look.most
+    skipped = "" if is_last else skip_words(question, look.most)
+    if skipped:  # the interval of a single look: that of this one would take minutes of resampling
+        question = replace(question, alpha=question.levels[0], fail_alpha=question.levels[1])
     evidence = compare(question)
-    return _verdict(question, evidence, *_decide(question, evidence), _warnings(question, evidence))
+    skipped = skipped or ("" if is_last else evidence.refusal or evidence.undecided)
+    if skipped:
+        evidence = replace(evidence, refusal=f"look skipped: {skipped}")
+    outcome, words = _decide(question, evidence)
+    is_hopeless = outcome == "inconclusive" and not skipped and _is_hopeless(question, evidence, look)
+    if outcome == "inconclusive" and not (skipped or is_last):
+        words = f"not decided by {question.n:,} of {look.most:,} items" + (", nor likely by all" if is_hopeless else "")
+    if evidence.items_needed and look != Spending(question.n):
+        evidence = replace(evidence, items_needed=math.ceil(INFLATION * evidence.items_needed))
+    verdict = _verdict(question, evidence, outcome, words, _warnings(question, evidence))
+    return _skipped(verdict, look) if skipped else replace(verdict, is_hopeless=is_hopeless)
+
+
+def _skipped(verdict: Verdict, look: Spending) -> Verdict:
+    """Return a verdict whose look spends nothing, as long as another one follows."""
+    return verdict if verdict.n_items == look.most else replace(verdict, looked_at=look.previous)
+
+
+def _is_hopeless(question: Question, evidence: Evidence, look: Spending) -> bool:
+    from scipy.special import ndtri
+
+    width = evidence.upper - evidence.lower
+    if not math.isfinite(width):
+        return False
+    error = width / -float(ndtri(question.alpha) + ndtri(question.fail_alpha))
+    return look.is_hopeless(evidence.difference, error, question.limit, question.n, question.levels)
 
 
 def _verdict(question: Question, evidence: Evidence, outcome: Outcome, words: str, warnings: Warnings) -> Verdict:
@@ -170,6 +215,7 @@ def _verdict(question: Question, evidence: Evidence, outcome: Outcome, words: st
         items_needed=evidence.items_needed if outcome == "inconclusive" else None,
         mcnemar_p=evidence.mcnemar_p,
         flags=tuple(flag for flag, _ in warnings),
+        looked_at=question.n,
     )
 
 

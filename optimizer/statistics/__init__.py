@@ -7,6 +7,7 @@
     bca.py        a score that is no mean of its items, whatever it is
     macro_f1.py   one of them: F1 over classes
     spearman.py   another: the order of similarities
+    sequential.py levels of several looks at a growing sample
 
 A loss is positive where the candidate is worse. Every bound is one-sided at the level it is given.
 """

@@ -115,6 +115,8 @@ def written(value: Any) -> str:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, tuple):
         return f"[{', '.join(written(item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {written(item)}' for name, item in value.items())}}}"
     return str(value)
 
 

@@ -56,8 +56,8 @@ def _pack_products(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.V
 def _pack_nbits(graph: ir.Model, nodes: Sequence[ir.Node], name: str) -> ir.Value:
     _require_same(nodes, (0,), f"{name}: the layers do not share their input")
     leaves = ("input", "qweight", "scales", "zero_points", "g_idx", "bias")
-    inputs = _joined_inputs(graph, nodes, name, leaves, {1: 0, 2: 0, 3: 0, 4: 0, 5: 0})
     attributes = _nbits_attributes(nodes, name)
+    inputs = _joined_inputs(graph, nodes, name, leaves, {1: 0, 2: 0, 3: 0, 4: 0, 5: 0})
     return _insert(graph, nodes, ir.node("MatMulNBits", inputs, attributes, domain=nodes[0].domain))
 
 

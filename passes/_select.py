@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -16,9 +17,13 @@ from passes._skeleton import Skeleton, block_names, inside
 from passes.base import Estimate, Model, PassError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from transformers import PreTrainedModel
 
 GROUPS = (16, 32, 64, 128, 256)
+TABLE_BITS = (4, 8)
+"""Of tables, whose rows `GatherBlockQuantized` looks up."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Selection:
         linear: of every nn.Linear inside the blocks.
         embedding, lm_head: of the token embedding and the output head; None leaves them in float.
         exclude: glob patterns on the names of layers that are left alone.
+        overrides: glob patterns on names, and what such layers become instead; None leaves them alone. The first that
+            matches decides; `exclude` comes before all. Tied tables are one layer with two names.
     """
 
     step: str
@@ -37,21 +44,17 @@ class Selection:
     embedding: LayerSpec | None
     lm_head: LayerSpec | None
     exclude: tuple[str, ...]
+    overrides: tuple[tuple[str, LayerSpec | None], ...] = ()
 
     def specs(self, module: PreTrainedModel) -> dict[str, LayerSpec]:
         """Return module name -> spec of the layers to quantize, in the model's order."""
-        blocks = block_names(module)
-        chosen: dict[str, LayerSpec | None] = {
-            name: self.linear
-            for name, layer in module.named_modules()
-            if isinstance(layer, nn.Linear) and any(inside(name, block) for block in blocks)
+        tables = self._tables(module)
+        chosen = {
+            name: self._decided(_aliases(module, name), spec) if spec is not None else None
+            for name, spec in (self._linears(module) | tables).items()
         }
-        chosen |= {name: _fitted(spec, _width(module, name)) for name, spec in self._tables(module).items()}
-        return {
-            name: spec
-            for name, spec in chosen.items()
-            if spec is not None and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
-        }
+        fitted = {name: _fitted(chosen[name], _width(module, name)) for name in tables}
+        return {name: spec for name, spec in (chosen | fitted).items() if spec is not None}
 
     def require(self, model: Model) -> None:
         """Refuse patterns that name nothing, tied tables in two formats, and models without a matching layer."""
@@ -59,9 +62,11 @@ class Selection:
         if skeleton.specs:
             raise PassError(f"{self.step}: the model is quantized already; quantize each layer once")
         require_patterns_match(self.step, self.exclude, skeleton.module)
+        self._require_overrides_match(skeleton.module)
         self._require_tables_agree(skeleton)
         if not self.specs(skeleton.module):
-            reason = "all are excluded" if replace(self, exclude=()).specs(skeleton.module) else "no nn.Linear in them"
+            is_any = self._linears(skeleton.module) or any(self._tables(skeleton.module).values())
+            reason = "all are excluded" if is_any else "no nn.Linear in them"
             raise PassError(f"{self.step}: matched none of {len(skeleton.blocks)} blocks: {reason}")
 
     def estimate(self, model: Model) -> Estimate:
@@ -82,8 +87,11 @@ class Selection:
     def ensure(self, before: Model, after: Model) -> None:
         """Check that exactly the chosen layers are quantized, and that every scale is finite and not zero."""
         chosen, skeleton = self.specs(Skeleton(before).module), Skeleton(after)
-        if skeleton.specs != chosen:
+        if skeleton.specs.keys() != chosen.keys():
             raise PassError(f"{self.step}: quantized {len(skeleton.specs)} layers, expected {len(chosen)}")
+        for layer, spec in chosen.items():
+            if skeleton.specs[layer] != spec:
+                raise PassError(f"{self.step}: {layer}: got {skeleton.specs[layer]}, expected {spec}")
         for layer in sorted(chosen):
             scales = skeleton.read(f"{layer}.scales")
             if not torch.isfinite(scales).all() or (scales == 0).any():
@@ -91,20 +99,55 @@ class Selection:
                     f"{self.step}: {layer}: a scale is zero or not finite; its weights hold NaN or infinity"
                 )
 
-    def note(self, module: nn.Module) -> str:
-        """Say which weights no quantizer can take: those of experts that are one tensor, and no nn.Linear."""
-        weights = {id(parameter): parameter for parameter in module.parameters()}
-        experts = [parameter for parameter in weights.values() if parameter.ndim == 3]
-        if not experts:
+    def note(self, module: PreTrainedModel) -> str:
+        """Say how many layers an override changed, and which weights no quantizer can take."""
+        return "; ".join(filter(None, (self._note_overrides(module), _note_experts(module))))
+
+    def _note_overrides(self, module: PreTrainedModel) -> str:
+        if not self.overrides:
             return ""
-        share = sum(each.numel() for each in experts) / sum(each.numel() for each in weights.values())
-        return f"{len(experts)} expert tensors ({share:.0%} of the weights) left in float"
+        plain, own = replace(self, overrides=()).specs(module), self.specs(module)
+        changed = Counter(_word(own.get(name)) for name, spec in plain.items() if own.get(name) != spec)
+        counts = ", ".join(f"{count} in {word}" for word, count in sorted(changed.items()))
+        return f"{counts}, of {len(plain)} layers"
+
+    def _decided(self, names: Collection[str], spec: LayerSpec) -> LayerSpec | None:
+        """Return the spec of a layer of these names, `spec` unless a rule says otherwise."""
+        rules = (*((pattern, None) for pattern in self.exclude), *self.overrides)
+        matching = (rule for pattern, rule in rules if any(fnmatchcase(name, pattern) for name in names))
+        return next(matching, spec)
+
+    def _linears(self, module: PreTrainedModel) -> dict[str, LayerSpec | None]:
+        """Return module name -> spec of every nn.Linear inside the blocks."""
+        blocks = block_names(module)
+        return {
+            name: self.linear
+            for name, layer in module.named_modules()
+            if isinstance(layer, nn.Linear) and any(inside(name, block) for block in blocks)
+        }
 
     def _tables(self, module: PreTrainedModel) -> dict[str, LayerSpec | None]:
         """Return module name -> spec of the embedding and the head."""
         names = {id(child): name for name, child in module.named_modules()}
         tables = ((module.get_input_embeddings(), self.embedding), (module.get_output_embeddings(), self.lm_head))
         return {names[id(table)]: spec for table, spec in tables if table is not None}
+
+    def _require_overrides_match(self, module: PreTrainedModel) -> None:
+        """Refuse a pattern that names no layer which becomes integers, and a table in a format no kernel looks up."""
+        tables = self._tables(module)
+        taken = [name for name, spec in (self._linears(module) | tables).items() if spec is not None]
+        for pattern, spec in self.overrides:
+            named = [name for name in taken if fnmatchcase(name, pattern)]
+            if taken and not named:
+                raise PassError(
+                    f"{self.step}: override pattern {pattern!r} matches no layer that becomes integers; "
+                    f"one is {taken[-1]!r}"
+                )
+            for name in named:
+                if name in tables and spec is not None and spec.format.bits not in TABLE_BITS:
+                    raise PassError(
+                        f"{self.step}: {name}: got the override {_word(spec)}, expected float, int8 or int4"
+                    )
 
     def _require_tables_agree(self, skeleton: Skeleton) -> None:
         tables = self._tables(skeleton.module)
@@ -123,6 +166,16 @@ class Selection:
                 )
 
 
+def _note_experts(module: nn.Module) -> str:
+    """Name the weights of experts that are one tensor, and no nn.Linear."""
+    weights = {id(parameter): parameter for parameter in module.parameters()}
+    experts = [parameter for parameter in weights.values() if parameter.ndim == 3]
+    if not experts:
+        return ""
+    share = sum(each.numel() for each in experts) / sum(each.numel() for each in weights.values())
+    return f"{len(experts)} expert tensors ({share:.0%} of the weights) left in float"
+
+
 def require_patterns_match(step: str, exclude: tuple[str, ...], module: nn.Module) -> None:
     """Refuse a pattern that matches no module's name: a slip of the pen."""
     names = [name for name, _ in module.named_modules()]
@@ -137,6 +190,17 @@ def _fitted(spec: LayerSpec | None, width: int) -> LayerSpec | None:
         return spec
     fitting = [group for group in GROUPS if group < spec.format.block and width % group == 0]
     return replace(spec, format=replace(spec.format, group_size=max(fitting))) if fitting else spec
+
+
+def _aliases(module: PreTrainedModel, name: str) -> set[str]:
+    """Return the names of all modules that hold the weight of module `name`, which is one tensor with several names.
+
+    Asked of transformers, not of the parameters: a table whose values are loaded is no longer the one it is tied to.
+    """
+    tied = module.all_tied_weights_keys  # parameter name -> name of the parameter it is tied to
+    owner = tied.get(f"{name}.weight", f"{name}.weight")
+    family = {owner, *(each for each, source in tied.items() if source == owner)}
+    return {parameter.removesuffix(".weight") for parameter in family}
 
 
 def _width(module: nn.Module, name: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from passes._override import LayerFormat, Override
 from passes.base import BlockPass, Context, Estimate, Model, PassResult
 
 if TYPE_CHECKING:
@@ -47,8 +48,17 @@ class QuantizeRtn(BlockPass):
         default=(), metadata={"help": "layers left alone, as glob patterns on names, such as '*.down_proj'"}
     )
 
+    overrides: tuple[Override, ...] = field(
+        default=(),
+        metadata={
+            "help": "layers in another format, each entry `{layers: PATTERNS, format: float, int8, int4 or int2}`; the "
+            "first entry that names a layer decides, `exclude` before all"
+        },
+    )
+
     def __post_init__(self) -> None:
-        if self.format == "int2" and self.activations == "int8" and self.group_size in (16, 256):
+        formats = {self.format, *(override.format for override in self.overrides)}
+        if "int2" in formats and self.activations == "int8" and self.group_size in (16, 256):
             raise ValueError(
                 f"group_size: got {self.group_size}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
                 "multiplies int2 weights by int8 activations in other groups"
@@ -91,9 +101,10 @@ class QuantizeRtn(BlockPass):
 
         linear, embedding, lm_head = (self._spec(each) for each in (self.format, self.embedding, self.lm_head))
         assert linear is not None
-        return Selection(self.name(), linear, embedding, lm_head, self.exclude)
+        overrides = tuple((pattern, self._spec(each.format)) for each in self.overrides for pattern in each.patterns)
+        return Selection(self.name(), linear, embedding, lm_head, self.exclude, overrides)
 
-    def _spec(self, chosen: str) -> LayerSpec | None:
+    def _spec(self, chosen: LayerFormat) -> LayerSpec | None:
         from passes._formats import IntegerFormat
         from passes._quantized import LayerSpec
 
@@ -102,6 +113,6 @@ class QuantizeRtn(BlockPass):
         return LayerSpec(IntegerFormat(_bits(chosen), self.group_size, self.symmetric), self.activations)
 
 
-def _bits(chosen: str) -> Literal[2, 4, 8]:
-    bits: dict[str, Literal[2, 4, 8]] = {"int2": 2, "int4": 4, "int8": 8}
+def _bits(chosen: LayerFormat) -> Literal[2, 4, 8]:
+    bits: dict[LayerFormat, Literal[2, 4, 8]] = {"int2": 2, "int4": 4, "int8": 8}
     return bits[chosen]

@@ -143,9 +143,13 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_card_tells_passes_with_their_options(decoder: Source) -> None:
-    card = model_card("small", decoder, [("quantize_rtn", {"format": "int4", "exclude": ()}), ("export_onnx", {})])
+    options = {"format": "int4", "exclude": (), "overrides": ({"layers": ("a", "b"), "format": "int8"},)}
+    card = model_card("small", decoder, [("quantize_rtn", options), ("export_onnx", {})])
     assert card.startswith("---\nlicense: psf-2.0\nbase_model: org/base\n---\n# small\n\nMade from org/base at c0ffee")
-    assert "- `quantize_rtn`: format int4, exclude []\n- `export_onnx`\n" in card
+    assert (
+        "- `quantize_rtn`: format int4, exclude [], overrides [{layers: [a, b], format: int8}]\n- `export_onnx`\n"
+        in card
+    )
     assert "optimize generate DIR" in card
 
 

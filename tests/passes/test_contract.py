@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,7 @@ from tiny_models import CALIBRATION, EXPORT, Workshop, file_hashes
 from optimizer.catalogue import installed
 from optimizer.document import compose
 from optimizer.reader import Reader, is_required, recipe_fields
+from passes._override import Override
 from passes.base import ONNX, TORCH, BlockPass, Model, Pass
 
 PASSES = installed().passes
@@ -74,12 +75,14 @@ def other_values(hint: Any, default: Any) -> list[Any]:
         return [value for value in get_args(hint) if value != default]
     if hint == tuple[str, ...]:
         return [("*.down_proj", "model.layers.0.*")]
+    if hint == tuple[Override, ...]:
+        return [(Override(layers="*.down_proj", format="int8"), Override(layers=("a", "b"), format="float"))]
     return []
 
 
 def as_recipe(step: Pass) -> str:
     """Return a pass as a recipe says it; JSON is YAML."""
-    return json.dumps({option.name: getattr(step, option.name) for option in fields(step)})
+    return json.dumps(asdict(step))
 
 
 @every_pass

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from tiny_models import EXPORT, MIXED, TABLES_IN_INT8, Workshop
+from tiny_models import EXPORT, MANY_BITS, MIXED, TABLES_IN_INT8, Workshop
 
 from passes._graph import DATA, GRAPH, load_graph, save_graph
 from passes._kind import kind_of
@@ -25,6 +25,9 @@ from passes._safetensors import tensor_index
 from passes._skeleton import Skeleton
 from passes._twin import TOLERANCE, choose_lowering
 from passes.base import ONNX, Model, Pass, PassError
+from passes.fuse_gate import FuseGate
+from passes.fuse_gqa import FuseGqa
+from passes.fuse_norm import FuseNorm
 
 EXACT = TOLERANCE / 10
 """Float32 sums in another order: 1e-7 to 2e-6 measured."""
@@ -34,6 +37,7 @@ MODELS: list[tuple[str, tuple[Pass, ...]]] = [
     ("bert", ()),
     ("llama", (TABLES_IN_INT8,)),
     ("qwen2", (MIXED,)),
+    ("llama", (MANY_BITS,)),
 ]
 
 
@@ -55,6 +59,12 @@ def test_the_graph_computes_what_the_model_computes(workshop: Workshop, name: st
     before = workshop.run(name, *steps).model
     after = exported(workshop, name, *steps)
     error = error_of(after, before)
+    assert error <= EXACT, f"{error:.1e}"
+
+
+def test_layers_of_many_bits_decode_as_torch_does_once_they_are_fused(workshop: Workshop) -> None:
+    before = workshop.run("llama", MANY_BITS).model
+    error = error_of(workshop.run("llama", MANY_BITS, EXPORT, FuseGqa(), FuseNorm(), FuseGate()).model, before)
     assert error <= EXACT, f"{error:.1e}"
 
 

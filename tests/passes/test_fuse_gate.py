@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from graph_cases import SMALL, refusal, stored_bytes
-from tiny_models import EXPORT, MIXED, TABLES_IN_INT8, Workshop, op_counts
+from tiny_models import EXPORT, MANY_BITS, MIXED, TABLES_IN_INT8, Workshop, op_counts
 
 from passes._graph import load_graph, save_graph
 from passes.base import GraphPass, Pass
@@ -34,7 +34,7 @@ def test_gate_and_up_become_one_product(workshop: Workshop, name: str, steps: tu
     assert after["Split"] == 2
 
 
-@pytest.mark.parametrize(("name", "steps"), [*DECODERS, ("qwen2", (MIXED, EXPORT))])
+@pytest.mark.parametrize(("name", "steps"), [*DECODERS, ("qwen2", (MIXED, EXPORT)), ("llama", (MANY_BITS, EXPORT))])
 def test_the_numbers_are_kept(workshop: Workshop, tmp_path: Path, name: str, steps: tuple[Pass, ...]) -> None:
     before = workshop.run(name, *steps).model
     FUSE.ensures(before, workshop.run(name, *steps, FUSE).model, workshop.context(tmp_path, before))
@@ -45,6 +45,12 @@ def test_a_pair_of_different_formats_is_left_alone_and_noted(workshop: Workshop)
     assert (result.changes["matched"], result.changes["refused"]) == (1, 1)
     assert result.note.startswith("Sigmoid 1: ") and result.note.endswith("the layers are of different kinds")
     assert op_counts(result.model)["Split"] == 1
+
+
+def test_a_pair_of_different_bits_is_left_alone_and_noted(workshop: Workshop) -> None:
+    result = workshop.run("llama", MANY_BITS, EXPORT, FUSE)
+    assert (result.changes["matched"], result.changes["refused"]) == (1, 1)
+    assert "the layers are in different formats" in result.note
 
 
 def test_a_pair_that_rounds_its_input_differently_is_left_alone(workshop: Workshop, tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_an_encoder_without_gates_is_refused_with_the_reason(workshop: Workshop,
 
 
 @pytest.mark.parametrize("order", permutations([FuseGqa(), FuseNorm(), FuseGate()]))
-@pytest.mark.parametrize(("name", "first"), [("llama", TABLES_IN_INT8), ("qwen2", MIXED)])
+@pytest.mark.parametrize(("name", "first"), [("llama", TABLES_IN_INT8), ("qwen2", MIXED), ("llama", MANY_BITS)])
 def test_the_fusions_go_together_in_any_order(
     workshop: Workshop, tmp_path: Path, name: str, first: Pass, order: tuple[GraphPass, ...]
 ) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graph_cases import SMALL, refusal, stored_bytes
-from tiny_models import EXPORT, MIXED, TABLES_IN_INT8, Workshop, op_counts
+from tiny_models import EXPORT, MANY_BITS, MIXED, TABLES_IN_INT8, Workshop, op_counts
 
 from passes._graph import load_graph, save_graph
 from passes.base import Model, Pass, PassError
@@ -21,6 +21,7 @@ DECODERS: list[tuple[str, tuple[Pass, ...]]] = [
     ("qwen2", (EXPORT,)),
     ("llama", (TABLES_IN_INT8, EXPORT)),
     ("qwen2", (MIXED, EXPORT)),
+    ("llama", (MANY_BITS, EXPORT)),
 ]
 
 
@@ -68,6 +69,14 @@ def test_projections_of_different_formats_stay_three_with_the_rotary_inside(work
     # float with a bias, and two quantized ones
     assert [behind_reshapes(value) for value in unpacked.inputs[:3]] == ["Add", "MatMulNBits", "MatMulNBits"]
     assert unpacked.attributes.get_int("do_rotary") == 1
+
+
+def test_projections_of_different_bits_stay_three(workshop: Workshop) -> None:
+    result = workshop.run("llama", MANY_BITS, EXPORT, FUSE)
+    assert "not packed: layers.0.qkv: the layers are in different formats" in result.note
+    quantized, partly = attention(result.model)
+    assert [behind_reshapes(value) for value in quantized.inputs[:3]] == ["MatMulNBits"] * 3
+    assert [behind_reshapes(value) for value in partly.inputs[:3]] == ["MatMulNBits", "MatMul", "MatMulNBits"]
 
 
 def test_the_tables_hold_the_angles_of_every_position(workshop: Workshop) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Workshop, file_hashes, save_model, tiny_module
+from tiny_models import MANY_BITS, TABLES_IN_INT8, Workshop, file_hashes, save_model, tiny_module
 
 from passes._formats import IntegerFormat, dequantize
+from passes._override import Override
 from passes._quantized import LayerSpec, read_specs, write_specs
 from passes._safetensors import read_tensor, tensor_index, write_safetensors
 from passes._skeleton import Skeleton
@@ -84,6 +85,68 @@ def test_excluded_layers_are_left_as_they_were(workshop: Workshop) -> None:
     assert all(torch.equal(kept[f"{n}.weight"], before[f"{n}.weight"]) for n in LINEARS if n not in expected)
 
 
+def bits_of(model: Model) -> dict[str, int]:
+    return {name: spec.format.bits for name, spec in read_specs(model.folder).items()}
+
+
+def test_an_override_gives_its_layers_another_format_the_first_that_names_them(workshop: Workshop) -> None:
+    result = workshop.run("llama", MANY_BITS)
+    expected = {layer: 4 for layer in LINEARS if layer != "model.layers.1.self_attn.k_proj"}
+    expected |= {f"model.layers.1.self_attn.{name}_proj": 2 for name in "qvo"}
+    expected |= {"model.layers.0.self_attn.v_proj": 8, "model.layers.1.mlp.up_proj": 8}
+    assert bits_of(result.model) == expected | {"model.embed_tokens": 8, "lm_head": 8}
+    assert result.note == "1 in float, 3 in int2, 2 in int8, of 16 layers"
+    kept = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(tensors_of(result.model)[kept], tensors_of(workshop.model("llama"))[kept])
+
+
+def test_exclude_comes_before_an_override(workshop: Workshop) -> None:
+    step = QuantizeRtn(exclude=("*.k_proj",), overrides=(Override(layers="*.self_attn.*", format="int8"),))
+    bits = bits_of(workshop.run("llama", step).model)
+    assert {name.split(".")[-1] for name, each in bits.items() if each == 8} == {"q_proj", "v_proj", "o_proj"}
+    assert not any(name.endswith("k_proj") for name in bits)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_an_override_of_one_name_of_a_tied_table_is_one_of_both(workshop: Workshop, name: str) -> None:
+    step = QuantizeRtn(embedding="int8", lm_head="int8", overrides=(Override(layers=name, format="int4"),))
+    step.requires(workshop.model("llama"))
+    bits = bits_of(workshop.run("llama", step).model)
+    assert (bits["lm_head"], bits["model.embed_tokens"]) == (4, 4)
+    assert {bits[layer] for layer in LINEARS} == {4}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            Override(layers="*.w1", format="int8"),
+            r"override pattern '\*\.w1' matches no layer that becomes in",
+        ),
+        (Override(layers="model.norm", format="int8"), r"override pattern 'model.norm' matches no layer that becomes"),
+        (Override(layers="lm_head", format="int8"), r"override pattern 'lm_head' matches no layer that becomes"),
+    ],
+)
+def test_an_override_that_names_no_layer_is_refused(workshop: Workshop, override: Override, message: str) -> None:
+    with pytest.raises(PassError, match=f"^quantize_rtn: {message}"):
+        QuantizeRtn(overrides=(override,)).requires(workshop.model("llama"))
+
+
+def test_overrides_that_nothing_computes_are_refused(workshop: Workshop) -> None:
+    with pytest.raises(ValueError, match="group_size: got 16, expected 32, 64, 128 or channel"):
+        QuantizeRtn(group_size=16, overrides=(Override(layers="*", format="int2"),))
+    with pytest.raises(ValueError, match="layers: got none, expected a name or names"):
+        Override(layers=(), format="int8")
+    step = QuantizeRtn(embedding="int8", lm_head="int8", overrides=(Override(layers="*", format="int2"),))
+    with pytest.raises(PassError, match=r"model\.embed_tokens: got the override int2, expected float, int8 or int4"):
+        step.requires(workshop.model("llama"))
+
+
+def test_overriding_everything_with_float_is_refused(workshop: Workshop) -> None:
+    with pytest.raises(PassError, match=r"matched none of 2 blocks: all are excluded"):
+        QuantizeRtn(overrides=(Override(layers="*", format="float"),)).requires(workshop.model("llama"))
+
+
 @pytest.mark.parametrize("activations", ["int8", "float"])
 def test_options_reach_every_layer(workshop: Workshop, activations: Any) -> None:
     step = QuantizeRtn(format="int8", group_size=16, symmetric=False, activations=activations, lm_head="int4")
@@ -139,6 +202,7 @@ def test_more_bits_and_smaller_groups_bring_the_logits_nearer(workshop: Workshop
         ("llama-untied", QuantizeRtn(embedding="int8", lm_head="int4", symmetric=False)),
         ("qwen2", QuantizeRtn(format="int2", group_size="channel", exclude=("*.q_proj",))),
         ("bert", QuantizeRtn(format="int8", group_size=32)),
+        ("llama", MANY_BITS),
     ],
 )
 def test_estimate_agrees_with_what_is_stored(workshop: Workshop, name: str, step: QuantizeRtn) -> None:
@@ -196,7 +260,7 @@ def test_excluding_everything_is_refused(workshop: Workshop) -> None:
 
 
 def test_what_it_made_is_what_it_promises(workshop: Workshop, tmp_path: Path) -> None:
-    for name, step in (("llama", QuantizeRtn(embedding="int8", lm_head="int8")), ("bert", QuantizeRtn())):
+    for name, step in (("llama", TABLES_IN_INT8), ("llama", MANY_BITS), ("bert", QuantizeRtn())):
         model = workshop.model(name)
         step.requires(model)
         step.ensures(model, workshop.run(name, step).model, workshop.context(tmp_path, model))
@@ -217,6 +281,13 @@ def test_ensures_finds_a_layer_that_was_left_out(workshop: Workshop, tmp_path: P
     step, before = QuantizeRtn(), workshop.model("llama")
     after = copied(workshop.run("llama", QuantizeRtn(exclude=(LINEARS[3],))).model, tmp_path)
     with pytest.raises(PassError, match=r"quantize_rtn: quantized 13 layers, expected 14"):
+        step.ensures(before, after, workshop.context(tmp_path, before))
+
+
+def test_ensures_finds_a_layer_in_another_format(workshop: Workshop, tmp_path: Path) -> None:
+    before, after = workshop.model("llama"), workshop.run("llama", MANY_BITS).model
+    step = replace(MANY_BITS, overrides=MANY_BITS.overrides[1:])
+    with pytest.raises(PassError, match=r"v_proj: got LayerSpec\(format=IntegerFormat\(bits=8, .*, expected LayerSpec"):
         step.ensures(before, after, workshop.context(tmp_path, before))
 
 

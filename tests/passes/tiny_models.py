@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from passes._graph import load_graph
+from passes._override import Override
 from passes._skeleton import read_config
 from passes.base import TORCH, Context, Model, Pass, PassResult
 from passes.export_onnx import ExportOnnx
@@ -92,6 +93,18 @@ MIXED = QuantizeRtn(
     exclude=("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj"),
 )
 """Zero points, and in layer 1 projections of different formats."""
+
+MANY_BITS = QuantizeRtn(
+    format="int4",
+    embedding="int8",
+    lm_head="int8",
+    overrides=(
+        Override(layers=("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"), format="int8"),
+        Override(layers="model.layers.1.self_attn.k_proj", format="float"),
+        Override(layers="model.layers.1.self_attn.*", format="int2"),
+    ),
+)
+"""Layer 0 has its queries and keys in 4 bits, its values in 8; layer 1 keys in float, queries and values in 2."""
 
 
 def tiny_module(name: str, seed: int = 0) -> PreTrainedModel:

@@ -1,0 +1,42 @@
+"""Sensitivity: which layers a pass hurts, and the same pass with these kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from optimizer.sensitivity import keep, kept_formats
+from passes._override import Override
+from passes.base import PassError
+from passes.export_onnx import ExportOnnx
+from passes.quantize_int8 import QuantizeInt8
+from passes.quantize_rtn import QuantizeRtn
+
+LAYERS = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+
+
+def test_kept_layers_have_another_format_before_all_other_overrides() -> None:
+    before = Override(layers="*.down_proj", format="int2")
+    step = QuantizeRtn(group_size=64, overrides=(before,))
+    kept = keep(step, LAYERS, "int8")
+    assert kept == QuantizeRtn(group_size=64, overrides=(Override(layers=tuple(LAYERS), format="int8"), before))
+
+
+def test_layers_kept_in_float_are_excluded_by_every_quantizer() -> None:
+    assert keep(QuantizeRtn(exclude=("a",)), LAYERS, "float") == QuantizeRtn(exclude=("a", *LAYERS))
+    assert keep(QuantizeInt8(), LAYERS, "float") == QuantizeInt8(exclude=tuple(LAYERS))
+
+
+def test_keeping_no_layer_changes_nothing() -> None:
+    assert keep(QuantizeRtn(), [], "int8") == QuantizeRtn()
+
+
+def test_a_format_that_a_pass_does_not_know_is_refused() -> None:
+    assert kept_formats(QuantizeRtn) == ("float", "int8", "int4", "int2")
+    with pytest.raises(PassError, match=r"quantize_rtn: got the format 'int3' .* one of float, int8, int4, int2"):
+        keep(QuantizeRtn(), LAYERS, "int3")
+    assert kept_formats(QuantizeInt8) == ("float",)
+    with pytest.raises(PassError, match=r"quantize_int8: got the format 'int4' for layers to keep, expected float$"):
+        keep(QuantizeInt8(), LAYERS, "int4")
+    assert kept_formats(ExportOnnx) == ()
+    with pytest.raises(PassError, match=r"export_onnx: got the format 'float' .* expected none: it treats all alike"):
+        keep(ExportOnnx(), LAYERS, "float")

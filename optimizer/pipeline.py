@@ -18,6 +18,7 @@ from typing import Any
 from optimizer.costs import measured
 from optimizer.errors import CannotRun
 from optimizer.evaluate.calibration import Calibration, load_calibration
+from optimizer.evaluate.flips import find_flips
 from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, tokens_read
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
@@ -27,7 +28,7 @@ from optimizer.lock import lock_text, machine, versions
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.quiet import quiet_libraries
 from optimizer.recipe import Recipe
-from optimizer.record import Judged, Run, SizeVerdict, Step
+from optimizer.record import Flips, Judged, Run, SizeVerdict, Step
 from optimizer.report import Reporter, Style
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.store import Store, default_limit, default_root
@@ -69,7 +70,7 @@ def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | Non
         chain = _Chain.begin(recipe, opened, told)
         steps = tuple(chain.steps(stop_after, must_end=keep))
         size = chain.size(steps[-1]) if stop_after is None else None
-        done = Run(recipe.name, steps, size, None, None, stop_after, time.perf_counter() - start)
+        done = Run(recipe.name, steps, size, None, None, stop_after, time.perf_counter() - start, flips=chain.flips())
         if stop_after is None and (keep or done.exit_code == 0):
             with told.progress("packing"):
                 digest = chain.package(folder, done)
@@ -165,6 +166,10 @@ class _Chain:
         """Compare the size of the weights with the source's, both as stored."""
         budget = self.recipe.gate.size
         return SizeVerdict(last.bytes, _weights_bytes(self.source.model), budget.max_ratio) if budget else None
+
+    def flips(self) -> tuple[Flips, ...]:
+        """Return the answers of the model as it is now that differ from the source's."""
+        return find_flips(self.recipe.evaluate, self.items, self.source_results, self.results, self.reader)
 
     def package(self, folder: Path, done: Run) -> str:
         """Write the artifact and return its identity."""

@@ -12,6 +12,7 @@ from optimizer.errors import ExitCode
 from optimizer.gate import Verdict
 
 Outcome = Literal["pass", "fail", "inconclusive"]
+Effect = Literal["worse", "better", "other"]
 FORMAT = 1
 """Of the document that `--json` prints; a program that reads it checks this first."""
 
@@ -94,6 +95,45 @@ class SizeVerdict:
 
 
 @dataclass(frozen=True)
+class Flip:
+    """One item whose answer changed.
+
+    Attributes:
+        item: its number in the evaluation, counted from 1.
+        input: what was asked, cut where it is long.
+        before: the source's answer.
+        after: the model's.
+        expected: the right one; None where none is known.
+        effect: "worse" is right before and wrong after; "other" neither worse nor better, or not known.
+    """
+
+    item: int
+    input: str
+    before: str
+    after: str
+    expected: str | None
+    effect: Effect
+
+
+@dataclass(frozen=True)
+class Flips:
+    """The answers of one evaluation that changed.
+
+    Attributes:
+        changed: how many.
+        answers: of how many.
+        unit: what an answer is: "answers", one an item, or a decoder's "next tokens".
+        shown: some of them in words, those that became worse first.
+    """
+
+    evaluation: str
+    changed: int
+    answers: int
+    unit: str
+    shown: tuple[Flip, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """How a recipe ended.
 
@@ -103,6 +143,7 @@ class Run:
         earlier: folder where an artifact of an earlier run still lies, when this run made none.
         stopped_after: the pass the user asked to stop after.
         seconds: of this run, what was found in the store not included.
+        flips: answers of the last model that differ from the source's.
     """
 
     name: str
@@ -113,6 +154,7 @@ class Run:
     stopped_after: str | None
     seconds: float
     earlier: str | None = None
+    flips: tuple[Flips, ...] = ()
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:

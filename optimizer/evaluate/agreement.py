@@ -9,17 +9,19 @@ classifier's source all classes are kept, and the divergence is exact.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows, kl_divergence
-from optimizer.evaluate.items import Item, Texts, items_hash
+from optimizer.evaluate.flips import Changed, changed_classes, ending
+from optimizer.evaluate.items import Item, TextReader, Texts, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
+from optimizer.record import Flip
 
 if TYPE_CHECKING:
     from optimizer.gate import Budget
@@ -91,6 +93,32 @@ class Agreement:
             raise ValueError("agreement: the source was scored on other items; score it on these first")
         return CandidateTally(items, name, kind, source.reference)
 
+    def flips(self, items: Sequence[Item], before: TaskResult, after: TaskResult, reader: TextReader) -> Changed | None:
+        """Return the texts whose class changed; of a decoder's documents the changed token the source was surest of."""
+        values, top = after.scores["flips"].values, before.reference.get("top")
+        if top is None or "answer" not in values:
+            return None
+        answers, places = values["answer"], values["place"]
+        if reader.kind != "decoder":
+            unknown = [None] * len(top)
+            return changed_classes(
+                top,
+                answers,
+                unknown,
+                lambda index: reader.decode(items[index].ids),
+                lambda _, number: reader.label(number),
+            )
+        starts = np.cumsum(values["tokens"]) - values["tokens"]
+
+        def tell(index: int) -> Flip:
+            place = int(places[index])
+            text = ending(reader.decode(items[index].ids[: place + 1]))
+            was, now = int(top[starts[index] + place]), int(answers[index])
+            return Flip(index + 1, text, reader.token(was), reader.token(now), None, "other")
+
+        order = [index for index in np.argsort(-values["sureness"], kind="stable").tolist() if places[index] >= 0]
+        return Changed(int(np.nansum(values["flips"])), int(values["tokens"].sum()), order, tell, "next tokens")
+
 
 class _Places:
     """Where the positions of each item lie in arrays over all positions; a classifier's item has one."""
@@ -140,10 +168,12 @@ class CandidateTally:
     """Compares a model with the source's record, position by position."""
 
     def __init__(self, items: Sequence[Item], name: str, kind: str, reference: Mapping[str, NDArray[Any]]) -> None:
-        self._items, self._name, self._reference = items, name, reference
+        self._items, self._name, self._kind, self._reference = items, name, kind, reference
         self._places = _Places(items, kind)
         self._flips = np.zeros(len(items))
         self._kl = np.zeros(len(items))  # nats
+        self._changed = {"place": np.full(len(items), -1), "answer": np.full(len(items), -1)}
+        self._sureness = np.full(len(items), -np.inf)  # the source's log-probability of what it says at `place`
 
     def add(self, rows: Rows) -> None:
         """Count the positions whose most likely token differs, and sum KL(source || model)."""
@@ -151,13 +181,28 @@ class CandidateTally:
         before = self._reference["log_probs"][place]
         after = rows.log_probs_and_rest(self._reference["ids"][place])
         is_unknown = np.isnan(before).any(axis=1) | np.isnan(rows.log_total)
-        flips = np.where(is_unknown, np.nan, rows.top != self._reference["top"][place])
-        self._flips[rows.index] += flips.sum()
+        is_other = rows.top != self._reference["top"][place]
+        self._flips[rows.index] += np.where(is_unknown, np.nan, is_other).sum()
         self._kl[rows.index] += kl_divergence(before, after).sum()
+        self._note(rows, is_other & ~is_unknown, before[:, 0])
+
+    def _note(self, rows: Rows, is_other: NDArray[np.bool_], sureness: NDArray[np.float32]) -> None:
+        """Keep a classifier's answer; of a decoder the changed token that the source was surest of, and its place."""
+        place, answer, index = self._changed["place"], self._changed["answer"], rows.index
+        if self._kind != "decoder":
+            answer[index] = rows.top[0]
+            return
+        surest = int(np.argmax(np.where(is_other, sureness, -np.inf)))
+        if is_other[surest] and sureness[surest] > self._sureness[index]:
+            self._sureness[index] = sureness[surest]
+            place[index], answer[index] = rows.first + surest, rows.top[surest]
 
     def result(self) -> TaskResult:
-        """Return flip rate and mean KL."""
-        return TaskResult(_scores(self._items, self._name, self._places.tokens, self._flips, self._kl))
+        """Return flip rate and mean KL; the flips' `place` is -1 where no position changed."""
+        scores = _scores(self._items, self._name, self._places.tokens, self._flips, self._kl)
+        flips = scores["flips"]
+        told = {**self._changed, "sureness": self._sureness} if self._kind == "decoder" else self._changed
+        return TaskResult(scores | {"flips": replace(flips, values={**flips.values, **told})})
 
 
 def _scores(

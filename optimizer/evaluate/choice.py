@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.distributions import Rows
+from optimizer.evaluate.flips import Changed, changed_classes, ending
 from optimizer.evaluate.items import Item, TextReader, items_hash, majority_share, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render_all
@@ -355,6 +356,20 @@ class Choice:
         """Return what sums up log-probabilities; the source's result is not needed."""
         return ChoiceTally(items, items_hash(items, self.context))
 
+    def flips(self, items: Sequence[Item], before: TaskResult, after: TaskResult, reader: TextReader) -> Changed | None:
+        """Return the questions that got another answer, by the sum of log-probabilities."""
+        was, now = (result.scores["accuracy"].values.get("answer") for result in (before, after))
+        if was is None or now is None:
+            return None
+        starts, choices = _first_of_each(items)
+        right = [items[start].label for start in starts[: len(was)]]
+
+        def asked(index: int) -> str:
+            item = items[starts[index]]
+            return ending(reader.decode(item.ids[: item.first + 1]))
+
+        return changed_classes(was, now, right, asked, lambda index, number: reader.decode(choices[index][number]))
+
 
 def _continuations(items: Sequence[Item]) -> list[Continuation]:
     return [item for item in items if isinstance(item, Continuation)]
@@ -400,20 +415,23 @@ class ChoiceTally(LikelihoodTally):
         lengths = np.array([item.characters for item in self.items])
         scores = {}
         for metric, values in (("accuracy", self.sums), ("accuracy_norm", self.sums / lengths)):
-            correct = self._correct(values, starts)
-            scores[metric] = Scores("accuracy", self._name, groups, {"correct": correct}, float(np.mean(correct)))
+            answer, correct = self._answers(values, starts)
+            told = {"correct": correct, "answer": answer}
+            scores[metric] = Scores("accuracy", self._name, groups, told, float(np.mean(correct)))
         is_cut = np.array([any(item.is_cut for item in part) for part in self._by_question(self.items, starts)])
         if is_cut.any():
             scores["cut"] = Scores("cut", self._name, groups, {"cut": is_cut}, float(is_cut.mean()))
         return TaskResult(scores)
 
-    def _correct(self, values: NDArray[np.float64], starts: Sequence[int]) -> NDArray[Any]:
-        """Return whether each question's largest value is that of its right choice; NaN where one of them is NaN."""
+    def _answers(self, values: NDArray[np.float64], starts: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the choice with each question's largest value, and whether it is right; NaN where one value is NaN."""
         parts = self._by_question(values, starts)
-        labels = [self.items[start].label for start in starts]
-        right = np.array([int(np.argmax(part)) == label for part, label in zip(parts, labels, strict=True)])
+        answer = np.array([int(np.argmax(part)) for part in parts])
+        right = answer == np.array([self.items[start].label for start in starts])
         is_unknown = np.array([bool(np.isnan(part).any()) for part in parts])
-        return np.where(is_unknown, np.nan, right) if is_unknown.any() else right
+        if not is_unknown.any():
+            return answer, right
+        return np.where(is_unknown, np.nan, answer), np.where(is_unknown, np.nan, right)
 
     def _by_question(self, values: Any, starts: Sequence[int]) -> list[Any]:
         return [values[start:end] for start, end in zip(starts, [*starts[1:], len(self.items)], strict=True)]

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows
+from optimizer.evaluate.flips import Changed, changed_classes
 from optimizer.evaluate.items import Item, Texts, items_hash, majority_share
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 
 if TYPE_CHECKING:
+    from optimizer.evaluate.items import TextReader
     from optimizer.evaluate.metrics import Metric
     from optimizer.gate import Budget
 
@@ -97,6 +99,16 @@ class Classification:
         """Return what collects a model's answers; the source's result is not needed."""
         return ClassificationTally(items, items_hash(items, self.context), self.module)
 
+    def flips(self, items: Sequence[Item], before: TaskResult, after: TaskResult, reader: TextReader) -> Changed | None:
+        """Return the texts that got another class."""
+        was, now = (next(iter(result.scores.values())).values.get("answer") for result in (before, after))
+        if was is None or now is None:
+            return None
+        right = [item.label for item in items[: len(was)]]
+        return changed_classes(
+            was, now, right, lambda index: reader.decode(items[index].ids), lambda _, number: reader.label(number)
+        )
+
 
 class ClassificationTally:
     """Collects the most likely class of each text; logits that hold NaN make the answer and the score NaN."""
@@ -114,7 +126,7 @@ class ClassificationTally:
         self._answers[rows.index] = np.nan if np.isnan(rows.log_total[0]) else rows.top[0]
 
     def result(self) -> TaskResult:
-        """Return the metric's score with, per text, whether it is right (accuracy), or reference and answer."""
+        """Return the metric's score with, per text, its answer and whether it is right (accuracy) or the reference."""
         values: dict[str, NDArray[Any]] = {"reference": self._references, "answer": self._answers}
         is_right = self._answers == self._references
         if np.isnan(self._answers).any():
@@ -123,6 +135,6 @@ class ClassificationTally:
             values["answer"] = self._answers.astype(np.int64)
             point, correct = self._metric.compute(values["answer"], self._references), is_right
         if self._metric.name == "accuracy":
-            values = {"correct": correct}
+            values = {"correct": correct, "answer": values["answer"]}
         groups = tuple(item.group for item in self._items)
         return TaskResult({self._metric.name: Scores(self._metric.name, self._name, groups, values, point)})

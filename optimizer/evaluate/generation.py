@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, read_records
+from optimizer.evaluate.flips import Changed, beginning, changed_items, effects, ending
 from optimizer.evaluate.items import Item, TextReader, items_hash, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
+from optimizer.record import Flip
 from passes.base import Progress
 
 if TYPE_CHECKING:
@@ -203,6 +205,20 @@ class Generation:
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> GenerationInquiry:
         """Return what asks a model; the source's result is not needed."""
         return GenerationInquiry(self, items, items_hash(items, self.context))
+
+    def flips(self, items: Sequence[Item], before: TaskResult, after: TaskResult, reader: TextReader) -> Changed | None:
+        """Return the prompts whose answer became right, wrong or another text."""
+        was, now = (result.scores["accuracy"].values for result in (before, after))
+        texts = [[answer.decode(errors="replace") for answer in side["answer"]] for side in (was, now)]
+        effect = effects(was["correct"] == 1, now["correct"] == 1)
+
+        def tell(index: int) -> Flip:
+            item, (first, second) = items[index], (beginning(side[index]) for side in texts)
+            expected = item.reference if isinstance(item, Prompt) else None
+            return Flip(index + 1, ending(reader.decode(item.ids)), first, second, expected, effect[index])
+
+        is_changed = [first != second for first, second in zip(*texts, strict=True)]
+        return changed_items(is_changed, effect, tell)
 
     def is_right(self, text: str, reference: str) -> bool | None:
         """Say whether an answer is right; None where what should be compared is not in it."""

@@ -200,6 +200,14 @@ class TextReader:
         """Return the text of ids, special tokens left out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def token(self, number: int) -> str:
+        """Return what one token stands for, the name of a token that stands for no text."""
+        return self.decode([number]) or self.tokenizer.id_to_token(number) or str(number)
+
+    def label(self, number: int) -> str:
+        """Return the name of a class."""
+        return next((name for name, index in self.labels.items() if index == number), str(number))
+
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each (context, continuation), split where the context's own ids end.
 

@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from optimizer.errors import CannotRun, OptimizeError
+from optimizer.evaluate.flips import Changed, changed_items, effects
 from optimizer.evaluate.items import Item, TextReader, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
+from optimizer.record import Flip
 from passes._kind import first_line
 from passes.base import Progress
 from runtime.errors import ServingError
@@ -135,6 +137,20 @@ class LmEval:
     def tally(self, items: Sequence[Item], kind: str, source: TaskResult | None) -> LmEvalInquiry:
         """Return what lets lm-eval ask a model; the source's result says which metrics are right or wrong."""
         return LmEvalInquiry(self, items, items_hash(items, self.context), source)
+
+    def flips(self, items: Sequence[Item], before: TaskResult, after: TaskResult, reader: TextReader) -> Changed | None:
+        """Return the documents that became right or wrong by the first metric that says so; lm-eval keeps the texts."""
+        named = [name for name, scores in before.scores.items() if scores.metric == "accuracy" and name in after.scores]
+        if not named:
+            return None
+        was, now = (result.scores[named[0]].values["correct"] == 1 for result in (before, after))
+        effect = effects(was, now)
+
+        def tell(index: int) -> Flip:
+            first, second = ("right" if side[index] else "wrong" for side in (was, now))
+            return Flip(index + 1, items[index].group, first, second, None, effect[index])
+
+        return changed_items(was != now, effect, tell)
 
     def evaluate(self, lm: Any) -> Mapping[str, Any]:
         """Return what `lm_eval.evaluate` says, documents included."""

@@ -15,6 +15,8 @@ from optimizer.errors import Mistake, RecipeError
 LARGEST_BYTES = 1 << 20
 DEEPEST = 32
 SET = "--set "
+BESIDE_PASS = ("otherwise", "on_fail")
+"""Keys that stand beside a pass in an entry of `passes`."""
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -120,7 +122,8 @@ def _assign(root: Node, path: Sequence[str], value: Node) -> None:
         if child is None:
             child = MappingNode("tag:yaml.org,2002:map", [], value.start_mark, value.end_mark)
             _put(parent, step, child)
-        parent = _options(parent, step, child) if list(path[:depth]) == ["passes"] else child
+        is_pass = list(path[:depth]) == ["passes"] and path[depth + 1] not in BESIDE_PASS
+        parent = _options(parent, step, child) if is_pass else child
     _child(parent, path[-1], path[:-1], value)
     _put(parent, path[-1], value)
 
@@ -154,12 +157,14 @@ def _options(passes: Node, index: str, entry: Node) -> Node:
     if isinstance(entry, ScalarNode):
         entry = MappingNode("tag:yaml.org,2002:map", [(entry, _empty(entry))], entry.start_mark, entry.end_mark)
         _put(passes, index, entry)
-    if not isinstance(entry, MappingNode) or len(entry.value) != 1:
+    named = entry.value if isinstance(entry, MappingNode) else []
+    places = [place for place, (name, _) in enumerate(named) if name.value not in BESIDE_PASS]
+    if len(places) != 1:
         return entry
-    name, options = entry.value[0]
+    name, options = entry.value[places[0]]
     if isinstance(options, ScalarNode) and scalar(options) is None:
         options = _empty(name)
-        entry.value[0] = (name, options)
+        entry.value[places[0]] = (name, options)
     return _as_node(options)
 
 

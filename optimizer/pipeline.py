@@ -2,6 +2,10 @@
 
 Each result is stored under a key of all that decides it: the model it starts from, the pass's fields and code, the
 versions of the libraries, seed and threads. So a run that is repeated, or was killed, goes on from what is there.
+
+Where a pass has `otherwise`, the items are split. *Search* items choose: a rung that they show to be over budget, or
+whose score on them is, gives way to the next. *Certify* items judge the finished model and nothing else; a model that
+does not pass there gives way too, and the next one is judged at half the level (docs/gates.md).
 """
 
 from __future__ import annotations
@@ -9,9 +13,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +23,27 @@ from optimizer.costs import measured
 from optimizer.errors import CannotRun
 from optimizer.evaluate.calibration import Calibration, load_calibration
 from optimizer.evaluate.flips import find_flips
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, tokens_read
-from optimizer.evaluate.result import TaskResult
-from optimizer.evaluate.result import load as load_result
+from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
+from optimizer.examiner import Examined, Examiner, weights_bytes
+from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint, source_fingerprint
-from optimizer.gate import judge, require_judgeable
 from optimizer.lock import lock_text, machine, versions
+from optimizer.openings import Openings, opened
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.quiet import quiet_libraries
-from optimizer.recipe import Recipe
-from optimizer.record import Flips, Judged, Run, SizeVerdict, Step
-from optimizer.report import Reporter, Style
+from optimizer.recipe import Keep, Recipe, Skip, rung_text
+from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
+from optimizer.report import Reporter, Style, label
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.store import Store, default_limit, default_root
-from passes._kind import kind_of, require_sizes
+from passes._kind import require_sizes
 from passes._sentence import require_sentence
-from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, Stage, no_progress
+from passes.base import Context, Model, Pass, PassError, Stage, no_progress
 from runtime.errors import ServingError
 from runtime.threads import default_threads
 
 SEED = 0
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
-Results = Mapping[str, TaskResult]
 
 
 def run(
@@ -66,11 +69,9 @@ def run(
 def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | None, keep: bool, told: Reporter) -> Run:
     start = time.perf_counter()
     require_replaceable(folder)
-    with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
-        chain = _Chain.begin(recipe, opened, told)
-        steps = tuple(chain.steps(stop_after, must_end=keep))
-        size = chain.size(steps[-1]) if stop_after is None else None
-        done = Run(recipe.name, steps, size, None, None, stop_after, time.perf_counter() - start, flips=chain.flips())
+    with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened_store:
+        chain = _Chain.begin(recipe, opened_store, told)
+        done = chain.climb(stop_after, must_end=keep)
         if stop_after is None and (keep or done.exit_code == 0):
             with told.progress("packing"):
                 digest = chain.package(folder, done)
@@ -83,12 +84,21 @@ def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | Non
 
 
 @dataclass(frozen=True)
-class Scored:
-    """How a step's scores were come by; fields as in `Step`."""
+class _Point:
+    """The model between two passes.
 
-    is_scored: bool = False
-    score_s: float = 0.0
-    score_peak_bytes: int = 0
+    Attributes:
+        key: names all that decided it.
+        step: what led here.
+        taken: the pass that did; None where nothing was done.
+        examined: what it answered.
+    """
+
+    model: Model
+    key: str
+    step: Step
+    taken: Pass | None
+    examined: Examined
 
 
 @dataclass
@@ -97,13 +107,14 @@ class _Chain:
 
     Attributes:
         reader: how source and results read text.
-        model: as the last pass left it.
-        key: names all that decided it.
         items: of each evaluation.
+        exams: which items choose and which judge, at which levels.
+        path: the models so far, the source first; those of rungs that were given up are gone from it.
+        rungs: which fallback of each pass is tried, 0 for the pass itself.
+        rejected: the rungs that did not do.
+        openings: how often a finished model was judged.
+        ledger: evaluation -> how often its items were opened, over all runs.
         calibration: of each pass, the token ids it is shown.
-        source_results: scores of the untouched model.
-        results: scores of the model as it is now.
-        scored: how those were come by.
     """
 
     recipe: Recipe
@@ -112,13 +123,15 @@ class _Chain:
     source: Source
     threads: int
     reader: TextReader
-    model: Model
-    key: str
     items: Mapping[str, list[Item]]
-    calibration: Mapping[Pass, Calibration]
-    source_results: Results
-    results: Results
-    scored: Scored
+    exams: Exams
+    examiner: Examiner
+    path: list[_Point] = field(default_factory=list)
+    rungs: list[int] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    openings: int = 0
+    ledger: dict[str, Openings] = field(default_factory=dict)
+    calibration: dict[Pass, Calibration] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, recipe: Recipe, store: Store, told: Reporter) -> _Chain:
@@ -130,51 +143,63 @@ class _Chain:
             check_finite(source, store, progress)
         reader = TextReader.of(source.model.assets, source.model.config)
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
-        calibration = {
-            each: load_calibration(each, f"passes.{number}.{each.name()}", recipe.data, reader, items)
-            for number, each in enumerate(recipe.passes)
-        }
         threads = recipe.target.threads or default_threads()
         key = fingerprint(source_identity(source, store))
-        chain = cls(
-            recipe, store, told, source, threads, reader, source.model, key, items, calibration, {}, {}, Scored()
-        )
-        for each in recipe.passes:
-            if not each.optional:
+        examiner = Examiner(recipe, store, told, source.model, key, threads, reader)
+        exams = Exams.of(recipe, items)
+        chain = cls(recipe, store, told, source, threads, reader, items, exams, examiner)
+        for index, each in enumerate(recipe.passes):
+            chain._calibration(each, index)
+            if not each.optional and not recipe.fallback(index).otherwise:
                 chain._admit(each)
-        chain._score("source")
-        chain.source_results = chain.results
-        chain._require_judgeable(chain.results)
+        examined = examiner.examine("source", source.model, key, exams.search)
+        step = Step("source", weights_bytes(source.model), examined.points(), **examined.cost())
+        chain.path.append(_Point(source.model, key, step, None, examined))
+        chain.rungs = [0] * len(recipe.passes)
         return chain
 
-    def steps(self, stop_after: str | None, must_end: bool) -> Iterator[Step]:
-        """Run the passes, one step each after the source's own; end early after a gate that fails unless `must_end`."""
-        passes = self.recipe.passes
-        width = max(len(name) for name in ("source", *(each.name() for each in passes)))
-        source = Step("source", self._bytes(), self._points(), **asdict(self.scored))
-        self.told.step(0, len(passes), source, None, width)
-        yield source
-        for number, each in enumerate(passes, 1):
-            step = self._step(each)
-            self.told.step(number, len(passes), step, source, width)
-            yield step
-            is_over = not must_end and any(gate.verdict.outcome == "fail" for gate in step.gates)
-            if is_over or each.name() == stop_after:
-                return
+    def climb(self, stop_after: str | None, must_end: bool) -> Run:
+        """Run the passes, and other rungs where gates fail, until a model passes or nothing is left to try."""
+        self._tell()
+        while True:
+            is_over = self._run_passes(stop_after, must_end)
+            if is_over or stop_after is not None:
+                return self._ended(None, (), stop_after)
+            size = self._size()
+            if size and size.outcome == "fail" and self._fall_back("the model is too large"):
+                continue
+            certified = self._certify()
+            if any(gate.verdict.outcome != "pass" for gate in certified) and self._fall_back("did not pass certify"):
+                continue
+            return self._ended(size, certified, None)
 
-    def size(self, last: Step) -> SizeVerdict | None:
-        """Compare the size of the weights with the source's, both as stored."""
-        budget = self.recipe.gate.size
-        return SizeVerdict(last.bytes, _weights_bytes(self.source.model), budget.max_ratio) if budget else None
-
-    def flips(self) -> tuple[Flips, ...]:
-        """Return the answers of the model as it is now that differ from the source's."""
-        return find_flips(self.recipe.evaluate, self.items, self.source_results, self.results, self.reader)
+    def _run_passes(self, stop_after: str | None, must_end: bool) -> bool:
+        """Run the passes that are left, or other rungs where gates fail; return whether a gate or the user ends it."""
+        while len(self.path) <= len(self.recipe.passes):
+            index = len(self.path) - 1
+            try:
+                point = self._advance(index)
+            except PassError as refusal:
+                if self._has_rungs(index):
+                    self._reject(index, Step(self.recipe.passes[index].name(), 0, {}), str(refusal))
+                    continue
+                if not self.recipe.passes[index].optional:
+                    raise
+                point = self._unchanged(index, str(refusal))
+            self.path.append(point)
+            self._tell()
+            step = point.step
+            reason = "" if step.is_reported else self._miss(step)
+            if reason and self._fall_back(reason):
+                continue
+            has_failed = not step.is_reported and any(gate.verdict.outcome == "fail" for gate in step.gates)
+            if (has_failed and not must_end) or step.name == stop_after:
+                return True
+        return False
 
     def package(self, folder: Path, done: Run) -> str:
         """Write the artifact and return its identity."""
-        steps = zip(self.recipe.passes, done.steps[1:], strict=True)
-        taken = [each for each, step in steps if not step.is_skipped]
+        taken = [point.taken for point in self.path if point.taken is not None]
         ran = [(each.name(), _options(each)) for each in taken]
         inputs = {
             "source": source_identity(self.source, self.store),
@@ -186,74 +211,77 @@ class _Chain:
             "threads": self.threads,
         }
         card = model_card(self.recipe.name, self.source, ran)
+        examined = self.path[-1].examined
 
         def write_evidence(folder: Path) -> None:
             (folder / "run.json").write_text(done.to_json() + "\n", encoding="utf-8")
-            for kind, results in (("source", self.source_results), ("artifact", self.results)):
+            for kind, results in (("source", examined.source), ("artifact", examined.results)):
                 for name, result in results.items():
                     result.save(folder / "items" / name / kind)
 
         contents = Contents(self.recipe.text, lock_text(inputs), card, write_evidence)
-        return write_artifact(folder, self.source, self.model, contents).digest
+        return write_artifact(folder, self.source, self.path[-1].model, contents).digest
 
-    def _admit(self, each: Pass) -> None:
-        """Let a pass refuse the architecture before anything is done; the store remembers that it did not."""
-        key = fingerprint(["admitted", self.source.model.config, _pass_identity(each), SEED, versions(), machine()])
+    # ---- one pass
 
-        def ask(folder: Path) -> Mapping[str, Any]:
-            with self.told.progress(f"{each.name()}: trying the architecture"):
-                each.admits(self.source.model, self._context(each, folder, no_progress))
-            return {}
+    def _advance(self, index: int) -> _Point:
+        """Take the next step, by the rung whose turn it is.
 
-        if type(each).admits is not Pass.admits:
-            self.store.get_or_build(key, ask)
-
-    def _context(self, each: Pass, folder: Path, progress: Any) -> Context:
-        device, calibration = self.recipe.target.device, self.calibration[each]
-        return Context(folder, self.source.model, device, self.threads, SEED, progress, calibration)
-
-    def _step(self, each: Pass) -> Step:
-        shown = _hashes(self.calibration[each])
-        key = fingerprint([self.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
-        try:
-            self._admit(each)
-            with self.told.progress(each.name()) as progress:
-                entry = self.store.get_or_build(key, lambda folder: self._run(each, folder, progress))
-        except PassError as refusal:
-            if not each.optional:
-                raise
-            return Step(each.name(), self._bytes(), self._points(), self._judge(), {}, str(refusal), True)
+        Raises:
+            PassError: the pass refused the model.
+        """
+        first, rung = self.recipe.passes[index], self.rungs[index]
+        chosen = self.recipe.fallback(index).otherwise[rung - 1] if rung else first
+        if isinstance(chosen, Skip):
+            return self._unchanged(index, "as `otherwise` says")
+        each = self._keeping(first, chosen, index) if isinstance(chosen, Keep) else chosen
+        before = self.path[-1]
+        shown = _hashes(self._calibration(each, index))
+        key = fingerprint([before.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
+        self._admit(each)
+        with self.told.progress(each.name()) as progress:
+            entry = self.store.get_or_build(key, lambda folder: self._run(each, index, folder, progress))
         meta = entry.meta
-        self.key = key
-        self.model = Model(Stage(**meta["stage"]), entry.folder, self.model.assets, meta["config"])
-        self._score(each.name())
-        return Step(
+        model = Model(Stage(**meta["stage"]), entry.folder, before.model.assets, meta["config"])
+        examined = self.examiner.examine(each.name(), model, key, self.exams.search)
+        step = Step(
             name=each.name(),
-            bytes=self._bytes(),
-            scores=self._points(),
-            gates=self._judge(),
+            bytes=weights_bytes(model),
+            scores=examined.points(),
+            gates=examined.gates,
             changes=meta["changes"],
             note=meta["note"],
+            rung=rung,
+            is_reported=self.recipe.reports_only(index),
             is_stored=not entry.is_new,
             pass_s=meta["seconds"],
             pass_peak_bytes=meta.get("peak_bytes", 0),
-            **asdict(self.scored),
+            **examined.cost(),
         )
+        return _Point(model, key, step, each, examined)
 
-    def _run(self, each: Pass, folder: Path, progress: Any) -> Mapping[str, Any]:
+    def _unchanged(self, index: int, note: str) -> _Point:
+        """Leave a pass out."""
+        before, name = self.path[-1], self.recipe.passes[index].name()
+        size, rung = weights_bytes(before.model), self.rungs[index]
+        step = Step(name, size, before.step.scores, before.step.gates, {}, note, is_skipped=True, rung=rung)
+        return replace(before, step=step, taken=None)
+
+    def _run(self, each: Pass, index: int, folder: Path, progress: Any) -> Mapping[str, Any]:
         """Run one pass into `folder`; return what the store is to remember of it."""
         import torch
 
         torch.set_num_threads(self.threads)
         _give_back_freed_memory()
         torch.manual_seed(SEED)
-        context = self._context(each, folder, progress)
+        before = self.path[-1].model
+        context = self._context(folder, progress, self._calibration(each, index))
         is_new = not any(folder.iterdir())
         root, name = self.store.root, each.name()
-        with measured(root, name, self._bytes(), threads=self.threads, keep=is_new) as spent:
-            each.requires(self.model)
-            result = each.run(self.model, context)
-            each.ensures(self.model, result.model, context)
+        with measured(root, name, weights_bytes(before), threads=self.threads, keep=is_new) as spent:
+            each.requires(before)
+            result = each.run(before, context)
+            each.ensures(before, result.model, context)
         return {
             "stage": asdict(result.model.stage),
             "config": dict(result.model.config),
@@ -263,88 +291,113 @@ class _Chain:
             "peak_bytes": spent.peak_bytes,
         }
 
-    def _score(self, what: str) -> None:
-        """Score the model on every evaluation, or take its results from the store."""
-        if not self.items:
-            return
-        asked = {
-            name: [items_hash(self.items[name], 0), task.identity()] for name, task in self.recipe.evaluate.items()
-        }
-        code = scoring_code()
-        parts = ["scores", code, self.key, asked, self.threads, versions(), machine(), self._source_key()]
-        entry = self.store.get_or_build(fingerprint(parts), lambda folder: self._evaluate(what, folder))
-        self.results = {name: load_result(entry.folder / name) for name in self.items}
-        self.scored = Scored(entry.is_new, entry.meta["seconds"], entry.meta.get("peak_bytes", 0))
+    def _admit(self, each: Pass) -> None:
+        """Let a pass refuse the architecture before anything is done; the store remembers that it did not."""
+        key = fingerprint(["admitted", self.source.model.config, _pass_identity(each), SEED, versions(), machine()])
 
-    def _source_key(self) -> str:
-        return "" if self.model is self.source.model else source_identity(self.source, self.store)
+        def ask(folder: Path) -> Mapping[str, Any]:
+            with self.told.progress(f"{each.name()}: trying the architecture"):
+                each.admits(self.source.model, self._context(folder, no_progress, {}))
+            return {}
 
-    def _evaluate(self, what: str, folder: Path) -> Mapping[str, Any]:
-        from optimizer.evaluate.run import evaluate
+        if type(each).admits is not Pass.admits:
+            self.store.get_or_build(key, ask)
 
-        against = None if self.model is self.source.model else self.source_results
-        scorer = self._scorer()
-        name, tokens = f"scoring {self.model.stage.name}", tokens_read(self.recipe.evaluate, self.items)
-        with (
-            self.told.progress(f"scoring {what}") as progress,
-            measured(self.store.root, name, self._bytes(), tokens=tokens, threads=self.threads) as spent,
-        ):
-            results = evaluate(self.recipe.evaluate, self.items, scorer, against, progress, self.reader)
-        for name, result in results.items():
-            result.save(folder / name)
-        return {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes}
+    def _context(self, folder: Path, progress: Any, calibration: Calibration) -> Context:
+        device = self.recipe.target.device
+        return Context(folder, self.source.model, device, self.threads, SEED, progress, calibration)
 
-    def _scorer(self) -> Any:
-        from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
+    def _calibration(self, each: Pass, index: int) -> Calibration:
+        """Return the token ids that a pass is shown."""
+        if each not in self.calibration:
+            where = f"passes.{index}.{each.name()}"
+            self.calibration[each] = load_calibration(each, where, self.recipe.data, self.reader, self.items)
+        return self.calibration[each]
 
-        kind = kind_of(self.source.model.config)
-        if self.model.stage == TORCH:
-            importlib.import_module("passes._walk")  # with torch and transformers, whose loading is not scoring
-            return TorchScorer(self.model, kind, self.threads)
-        if self.model.stage == ONNX:
-            return RuntimeScorer(self.model.folder / "model.onnx", kind, self.threads)
-        raise CannotRun(f"a model at stage {self.model.stage} cannot be scored; expected {TORCH} or {ONNX}")
+    # ---- which rung
 
-    def _judge(self) -> tuple[Judged, ...]:
-        """Return every gate's verdict on the model as it is now, against the source."""
-        gate = self.recipe.gate
-        limits = [(name, budget) for name in self.recipe.evaluate for budget in self.recipe.limits(name)]
-        self._require_judgeable(self.results)
-        fail_alpha = gate.fail_alpha or gate.alpha / max(1, len(limits) * len(self.recipe.passes))
-        return tuple(
-            Judged(
-                name,
-                judge(
-                    self.source_results[name].scores[budget.judges],
-                    self.results[name].scores[budget.judges],
-                    budget,
-                    alpha=gate.alpha,
-                    fail_alpha=fail_alpha,
-                    chance=self.recipe.evaluate[name].chance(self.items[name]),
-                ),
-                budget.score,
-            )
-            for name, budget in limits
+    def _miss(self, step: Step) -> str:
+        """Return why the model after a step should give way where there is a choice; "" when it need not."""
+        for gate in step.gates:
+            verdict = gate.verdict
+            if verdict.outcome == "fail":
+                return f"{label(gate)}: {verdict.reason}"
+            if not verdict.difference <= verdict.limit:
+                return f"{label(gate)}: the loss seen is above the budget"
+        return ""
+
+    def _keeping(self, first: Pass, chosen: Keep, index: int) -> Pass:
+        """Return the pass with the layers it damages most in another format."""
+        raise PassError(f"passes.{index}: keep: the damage of single layers of {first.name()} is not known")
+
+    def _has_rungs(self, index: int) -> bool:
+        return self.rungs[index] < len(self.recipe.fallback(index).otherwise)
+
+    def _fall_back(self, reason: str) -> bool:
+        """Give up the last step that another rung can take the place of; return whether there is one."""
+        for index in reversed(range(len(self.path) - 1)):
+            if self._has_rungs(index):
+                step = self.path[index + 1].step
+                del self.path[index + 1 :]
+                self._reject(index, step, reason)
+                return True
+        return False
+
+    def _reject(self, index: int, step: Step, reason: str) -> None:
+        rungs = self.recipe.fallback(index).otherwise
+        self.rejected.append(Rejected(index, replace(step, rung=self.rungs[index]), reason))
+        self.rungs[index] += 1
+        number = self.rungs[index]
+        self.told.fallback(self.rejected[-1], number, len(rungs), rung_text(rungs[number - 1]))
+
+    # ---- the end
+
+    def _certify(self) -> tuple[Judged, ...]:
+        """Let the items kept for it judge the finished model; return nothing where all items have judged it already."""
+        self.openings += 1
+        point, exam, certified = self.path[-1], self.exams.certify(self.openings), tuple[Judged, ...]()
+        if exam is not None:
+            examined = self.examiner.examine("the finished model", point.model, point.key, exam)
+            self.path[-1], certified = replace(point, examined=examined), examined.gates
+        for name in self.recipe.gate.budgets:
+            part = (exam or self.exams.search).parts[name]
+            judging = fingerprint([items_hash(part.items, 0), self.path[0].key])
+            self.ledger[name] = opened(self.store.root, name, judging, point.key, self.recipe.gate.alpha)
+        return certified
+
+    def _ended(self, size: SizeVerdict | None, certified: tuple[Judged, ...], stopped_after: str | None) -> Run:
+        return Run(
+            name=self.recipe.name,
+            steps=tuple(point.step for point in self.path),
+            size=size,
+            artifact=None,
+            digest=None,
+            stopped_after=stopped_after,
+            seconds=0.0,
+            rejected=tuple(self.rejected),
+            certified=certified,
+            openings=tuple(self.ledger.values()),
+            flips=self._flips(),
         )
 
-    def _require_judgeable(self, results: Results) -> None:
-        """Refuse a budget of a score that a task does not give, or that no interval is known for."""
-        for name in self.recipe.gate.budgets:
-            for budget in self.recipe.limits(name):
-                try:
-                    require_judgeable(results[name].scores, budget)
-                except ValueError as error:
-                    raise CannotRun(f"gate.{name}.{error}") from None
+    def _flips(self) -> tuple[Flips, ...]:
+        """Return the answers of the last model that differ from the source's."""
+        found = self.path[-1].examined
+        tasks = {name: self.recipe.evaluate[name] for name in found.results}
+        return find_flips(tasks, found.items, found.source, found.results, self.reader)
 
-    def _points(self) -> dict[str, float]:
-        return {
-            f"{name}/{metric}": scores.point
-            for name, result in self.results.items()
-            for metric, scores in result.scores.items()
-        }
+    def _size(self) -> SizeVerdict | None:
+        """Compare the size of the weights with the source's, both as stored."""
+        budget = self.recipe.gate.size
+        if budget is None:
+            return None
+        return SizeVerdict(self.path[-1].step.bytes, self.path[0].step.bytes, budget.max_ratio)
 
-    def _bytes(self) -> int:
-        return _weights_bytes(self.model)
+    def _tell(self) -> None:
+        """Say what the last step did."""
+        width = max(len(name) for name in ("source", *(each.name() for each in self.recipe.passes)))
+        number, total = len(self.path) - 1, len(self.recipe.passes)
+        self.told.step(number, total, self.path[-1].step, self.path[0].step if number else None, width)
 
 
 def _require_sizes(model: Model) -> None:
@@ -357,29 +410,6 @@ def _require_sizes(model: Model) -> None:
         require_sizes(model.config)
     except PassError as error:
         raise CannotRun(f"{model.folder}/{error}") from error
-
-
-def _weights_bytes(model: Model) -> int:
-    """Return the size of the files that hold the weights and the graph."""
-    if model.stage == TORCH:
-        from passes._safetensors import weight_files
-
-        return sum(path.stat().st_size for path in weight_files(model.folder))
-    return sum(path.stat().st_size for path in model.folder.glob("model.onnx*"))
-
-
-def scoring_code() -> str:
-    """Return the hash of the code that turns a model and items into scores, as far as it is ours."""
-    import optimizer.evaluate
-    import passes
-    import runtime
-
-    folders = (*optimizer.evaluate.__path__, *runtime.__path__)
-    files = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
-    of_passes = [source_fingerprint(Path(passes.__path__[0]) / name) for name in ("_walk.py", "_pooling.py")]
-    return fingerprint(
-        [of_passes, {f"{path.parent.name}/{path.name}": path.read_text(encoding="utf-8") for path in files}]
-    )
 
 
 def _hashes(calibration: Calibration) -> dict[str, str]:

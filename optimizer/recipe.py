@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from optimizer import catalogue
 from optimizer.catalogue import Catalogue
-from optimizer.document import compose, override, scalar
+from optimizer.document import BESIDE_PASS, compose, override, scalar
 from optimizer.errors import CommandError, Mistake, RecipeError
 from optimizer.evaluate.task import Task, TaskBudget
 from optimizer.hub import HubId
 from optimizer.quantities import check_ranges
 from optimizer.reader import BAD, Reader, Special, join, one_of, suggest
+from optimizer.sensitivity import kept_formats
 from passes.base import ONNX, TORCH, Pass, Stage
 
 SERVED = {"cpu": ONNX}
@@ -122,10 +123,55 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keep:
+    """A rung of `otherwise`: the same pass, the layers it damages most in another format."""
+
+    worst: int = field(metadata={"help": "so many layers, those whose change alone does most harm", "ge": 1})
+    format: str = field(metadata={"help": "their format, one the pass takes in `overrides`"})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A rung of `otherwise`: the model goes on as it was."""
+
+
+Rung: TypeAlias = Pass | Keep | Skip
+OnFail: TypeAlias = Literal["stop", "report"]
+
+
+def rung_text(rung: Rung) -> str:
+    """Return a rung as a recipe says it, in a few words."""
+    if isinstance(rung, Skip):
+        return "skip"
+    if isinstance(rung, Keep):
+        return f"keep worst {rung.worst} in {rung.format}"
+    changed = [option for option in fields(rung) if getattr(rung, option.name) != option.default]
+    return " ".join([rung.name(), *(f"{option.name} {getattr(rung, option.name)}" for option in changed)])
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What follows where the gate after a pass fails.
+
+    Attributes:
+        otherwise: tried in this order, once the pass itself does not do.
+        on_fail: "stop" ends the run when nothing is left to try; "report" says so and goes on. None: "stop", but
+            "report" before a pass that recovers what this one may lose.
+    """
+
+    otherwise: tuple[Rung, ...] = ()
+    on_fail: OnFail | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What to make of which model, on what it is judged, and what it may lose.
 
     Attributes:
+        fallbacks: of each pass; empty where no pass has any.
         model_folder: the folder `model` names, None when it names a model of the Hub.
         text: the recipe as YAML with every `--set` applied.
     """
@@ -137,6 +183,7 @@ class Recipe:
     evaluate: Mapping[str, Task] = field(default_factory=dict, metadata={"help": "what is scored after every pass"})
     gate: Gate = field(default=Gate(), metadata={"help": "what each score may lose against the source"})
     passes: tuple[Pass, ...] = field(metadata={"help": "the steps, in order"})
+    fallbacks: tuple[Fallback, ...] = field(default=(), metadata={"in_recipe": False})
     model_folder: Path | None = field(default=None, metadata={"in_recipe": False})
     text: str = field(default="", metadata={"in_recipe": False})
 
@@ -145,6 +192,21 @@ class Recipe:
         if evaluation not in self.gate.budgets:
             return ()
         return self.gate.budgets[evaluation].limits(self.evaluate[evaluation])
+
+    def fallback(self, index: int) -> Fallback:
+        """Return what follows where the gate after a pass fails."""
+        return self.fallbacks[index] if self.fallbacks else Fallback()
+
+    def reports_only(self, index: int) -> bool:
+        """Tell whether the gate after a pass is only reported: demanding more would forbid to prune, then distil."""
+        asked = self.fallback(index).on_fail
+        is_recovered = self.passes[index].loses and any(later.recovers for later in self.passes[index + 1 :])
+        return asked == "report" or (asked is None and is_recovered)
+
+    @property
+    def rungs(self) -> int:
+        """Return how many models the recipe may offer at most: one, and one more for each rung of a fallback."""
+        return 1 + sum(len(fallback.otherwise) for fallback in self.fallbacks)
 
     def index_of(self, pass_name: str) -> int:
         """Return where a pass first stands in the chain; raise CommandError when it does not."""
@@ -204,6 +266,7 @@ class _RecipeReader:
         self.choices = choices
         self.data: dict[str, Any] = {}
         self.tasks: dict[str, Any] = {}
+        self.fallbacks: tuple[Fallback, ...] = ()
         self.device = "cpu"
 
     def read(self, root: Node) -> Recipe:
@@ -217,7 +280,9 @@ class _RecipeReader:
         }
         recipe = self.reader.record(root, Recipe, "", special)
         self.reader.check_references({"data": self.data})
-        return recipe if recipe is BAD else replace(recipe, model_folder=self.reader.find(recipe.model))
+        if recipe is BAD:
+            return BAD
+        return replace(recipe, model_folder=self.reader.find(recipe.model), fallbacks=self.fallbacks)
 
     def _model(self, node: Node, where: str) -> Any:
         value = self.reader.value(node, str, where)
@@ -307,9 +372,57 @@ class _RecipeReader:
         if not isinstance(node, SequenceNode) or not node.value:
             got = "an empty list" if isinstance(node, SequenceNode) else "no list"
             return self.reader.mistake(node, where, f"got {got}, expected a list of passes")
-        steps = [self._pass(child, join(where, str(index))) for index, child in enumerate(node.value)]
-        self._check_chain(node.value, [kind for kind, _ in steps], where)
-        return tuple(step for _, step in steps)
+        steps = [self._step(child, join(where, str(index))) for index, child in enumerate(node.value)]
+        self._check_chain(node.value, [kind for kind, _, _ in steps], where)
+        self.fallbacks = tuple(fallback for _, _, fallback in steps)
+        return tuple(step for _, step, _ in steps)
+
+    def _step(self, node: Node, where: str) -> tuple[type[Pass] | None, Any, Fallback]:
+        """Return the class an entry names, None when it names none, the pass, and what follows where its gate fails."""
+        if not isinstance(node, MappingNode):
+            return *self._pass(node, where), Fallback()
+        beside = {key.value: value for key, value in node.value if key.value in BESIDE_PASS}
+        rest = [(key, value) for key, value in node.value if beside.get(key.value) is not value]
+        kind, step = self._pass(MappingNode(node.tag, rest, node.start_mark, node.end_mark), where)
+        on_fail, otherwise = beside.get("on_fail"), beside.get("otherwise")
+        return (
+            kind,
+            step,
+            Fallback(
+                otherwise=() if otherwise is None else self._rungs(otherwise, kind, join(where, "otherwise")),
+                on_fail=None if on_fail is None else self.reader.value(on_fail, OnFail, join(where, "on_fail")),
+            ),
+        )
+
+    def _rungs(self, node: Node, kind: type[Pass] | None, where: str) -> Any:
+        if not isinstance(node, SequenceNode) or not node.value:
+            got = "an empty list" if isinstance(node, SequenceNode) else "no list"
+            return self.reader.mistake(node, where, f"got {got}, expected a list of passes, `keep` or `skip`")
+        return tuple(self._rung(child, kind, join(where, str(index))) for index, child in enumerate(node.value))
+
+    def _rung(self, node: Node, kind: type[Pass] | None, where: str) -> Any:
+        """Read a rung: a pass that takes the place of the first, `keep: {worst: N, format: F}` or `skip`."""
+        if isinstance(node, ScalarNode) and scalar(node) == "skip":
+            if kind is not None and kind.reads != kind.writes:
+                return self.reader.mistake(node, where, f"{kind.name()} cannot be skipped: it lowers the model")
+            return Skip()
+        if isinstance(node, MappingNode) and "keep" in (entries := self.reader.entries(node, where)):
+            if len(entries) > 1:
+                return self.reader.mistake(node, where, "got more keys, expected `keep` alone")
+            keep = self.reader.record(entries["keep"].value, Keep, join(where, "keep"))
+            return keep if keep is BAD or kind is None else self._checked_keep(keep, kind, entries["keep"].value, where)
+        other, rung = self._pass(node, where)
+        if kind is not None and other is not None and (other.reads, other.writes) != (kind.reads, kind.writes):
+            message = f"{other.name()} takes a model from {other.reads} to {other.writes}, expected "
+            return self.reader.mistake(node, where, f"{message}{kind.reads} to {kind.writes}, as {kind.name()} does")
+        return rung
+
+    def _checked_keep(self, keep: Keep, kind: type[Pass], node: Node, where: str) -> Any:
+        known = kept_formats(kind)
+        if keep.format in known:
+            return keep
+        expected = f"a format of {one_of(known)}" if known else f"another rung: {kind.name()} treats all layers alike"
+        return self.reader.mistake(node, join(where, "keep"), f"got the format {keep.format!r}, expected {expected}")
 
     def _pass(self, node: Node, where: str) -> tuple[type[Pass] | None, Any]:
         """Return the class an entry names, None when it names none, and the pass, BAD when it is wrong."""

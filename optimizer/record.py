@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from optimizer.errors import ExitCode
 from optimizer.gate import Verdict
+from optimizer.openings import Openings
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Effect = Literal["worse", "better", "other"]
+PartName: TypeAlias = Literal["", "search", "certify"]
 FORMAT = 1
 """Of the document that `--json` prints; a program that reads it checks this first."""
 
@@ -23,11 +25,14 @@ class Judged:
 
     Attributes:
         score: which of the evaluation's scores is judged; its metric's own name unless the task has several of a kind.
+        part: "search" for items that choose between rungs, "certify" for those that judge the one that was chosen, ""
+            where there is nothing to choose and all items judge.
     """
 
     evaluation: str
     verdict: Verdict
     score: str = ""
+    part: PartName = ""
 
     @property
     def judges(self) -> str:
@@ -42,7 +47,9 @@ class Step:
     Attributes:
         changes: what the pass counted, such as `{"layers_quantized": 42}`.
         note: one line worth telling, or why an optional pass was skipped.
-        is_skipped: an optional pass refused; the model went on unchanged.
+        is_skipped: an optional pass refused, or `skip` was the rung; the model went on unchanged.
+        rung: which of the fallbacks this is, counted from 1; 0 for the pass itself.
+        is_reported: what the gates say stops nothing: a later pass recovers, or the recipe says so.
         is_stored: what the pass made was found in the store.
         is_scored: the scores were made by this run, not found in the store.
         bytes: size on disk of what the runtime would load: weights, and the graph where there is one.
@@ -61,6 +68,8 @@ class Step:
     changes: Mapping[str, int] | None = None
     note: str = ""
     is_skipped: bool = False
+    rung: int = 0
+    is_reported: bool = False
     is_stored: bool = False
     is_scored: bool = False
     pass_s: float = 0.0
@@ -134,10 +143,30 @@ class Flips:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A rung that did not do.
+
+    Attributes:
+        index: of the pass in the chain, counted from 0.
+        step: what it did; of a pass that refused, its note says why.
+        reason: why another was tried, in a clause.
+    """
+
+    index: int
+    step: Step
+    reason: str
+
+
+@dataclass(frozen=True)
 class Run:
     """How a recipe ended.
 
     Attributes:
+        steps: the source, then the passes of the chain that was kept.
+        rejected: the rungs tried before, in order.
+        certified: what the items say that were kept for the last word; empty where every gate used all items.
+        openings: how often the items that judge were opened, over all runs.
+        noise: evaluation -> share of items on which the source differs from itself when asked again.
         artifact: folder of the artifact, None where none was made.
         digest: identity of the artifact.
         earlier: folder where an artifact of an earlier run still lies, when this run made none.
@@ -155,12 +184,21 @@ class Run:
     seconds: float
     earlier: str | None = None
     flips: tuple[Flips, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    certified: tuple[Judged, ...] = ()
+    openings: tuple[Openings, ...] = ()
+    noise: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def verdicts(self) -> tuple[Judged, ...]:
+        """Return what the gates say of the last model, on the items that judge."""
+        return self.certified or self.steps[-1].gates
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what every gate says of the last model."""
         size = (self.size.outcome,) if self.size else ()
-        return (*(judged.verdict.outcome for judged in self.steps[-1].gates), *size)
+        return (*(judged.verdict.outcome for judged in self.verdicts), *size)
 
     @property
     def exit_code(self) -> ExitCode:

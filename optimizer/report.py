@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from optimizer.record import Judged, Run, SizeVerdict, Step
+from optimizer.record import Judged, Rejected, Run, SizeVerdict, Step
 from passes.base import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class Reporter:
         """Say what a pass did: scores with interval and verdict, changes, size, seconds."""
         for line in step_lines(number, total, step, source, width, self._columns()):
             self.line(line)
+
+    def fallback(self, rejected: Rejected, number: int, total: int, words: str) -> None:
+        """Say that a rung did not do, and which one follows."""
+        self.line(f"    {rejected.step.name} gives way: {rejected.reason}; otherwise {number} of {total}: {words}")
 
     def end(self, run: Run) -> None:
         """Say how the run ended."""
@@ -120,8 +124,8 @@ def score_text(judged: Judged) -> str:
 
 def label(judged: Judged) -> str:
     """Return what a gate judges: evaluation and metric, once where they are called the same."""
-    score = judged.judges
-    return score if judged.evaluation == score else f"{judged.evaluation} {score}"
+    names = [judged.part, judged.evaluation, judged.judges]
+    return " ".join(dict.fromkeys(filter(None, names)))
 
 
 def number_text(metric: str, value: float) -> str:
@@ -161,12 +165,22 @@ def end_lines(run: Run) -> Iterator[str]:
     """Yield the closing lines: size, gates with something to say, then what became of the artifact."""
     if run.size:
         yield size_text(run.size)
-    for judged in run.steps[-1].gates:
+    for judged in run.certified:
+        yield score_text(judged)
+    for judged in run.verdicts:
         verdict = judged.verdict
         if verdict.outcome != "pass" or verdict.flags:
             more = f"; about {verdict.items_needed:,} items would decide" if verdict.items_needed else ""
             outcome = "" if verdict.outcome == "pass" else f"{verdict.outcome.upper()}, "
             yield f"{label(judged)}: {outcome}{verdict.reason}{more}"
+    for opening in run.openings:
+        if opening.count > 1:
+            yield (
+                f"{opening.evaluation}: {opening.count} different models were judged by these items since "
+                f"{opening.since}; the chance that any of them passed wrongly is bounded by {opening.alpha:.0%} only"
+            )
+    for rejected in run.rejected[-1:]:
+        yield f"{len(run.rejected)} rungs gave way, the last because {rejected.reason}"
     if run.artifact:
         yield f"artifact {run.artifact}"
         yield f"digest   {run.digest}"

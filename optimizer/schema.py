@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from optimizer.catalogue import Catalogue
 from optimizer.reader import alternatives, describe_option, hints, is_required, recipe_fields
-from optimizer.recipe import Gate, Recipe
+from optimizer.recipe import Gate, Keep, OnFail, Recipe
 from optimizer.record import FORMAT, Run, SizeVerdict
 from passes.base import Pass
 
@@ -135,8 +135,19 @@ def _task_schema(name: str, task: type) -> JsonSchema:
 def _passes_schema(passes: Mapping[str, type[Pass]]) -> JsonSchema:
     bare = [name for name, kind in passes.items() if not any(map(is_required, recipe_fields(kind).values()))]
     options = {name: record_schema(kind) | {"description": first_line(kind)} for name, kind in passes.items()}
-    one = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
-    return {"anyOf": [{"enum": bare}, one | {"properties": options}]}
+    one = {"type": "object", "additionalProperties": False, "minProperties": 1}
+    keep = one | {"properties": {"keep": record_schema(Keep) | {"description": first_line(Keep)}}}
+    rungs = {"anyOf": [{"enum": [*bare, "skip"]}, one | {"maxProperties": 1, "properties": options}, keep]}
+    beside = {
+        "otherwise": {
+            "type": "array",
+            "minItems": 1,
+            "items": rungs,
+            "description": "tried in this order where the gate after the pass fails",
+        },
+        "on_fail": {"enum": list(get_args(OnFail)), "description": "what a gate that fails does once nothing is left"},
+    }
+    return {"anyOf": [{"enum": bare}, one | {"maxProperties": 1 + len(beside), "properties": options | beside}]}
 
 
 def _option_schema(hint: Any, option: Field[Any]) -> JsonSchema:

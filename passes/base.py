@@ -116,10 +116,17 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One step of the pipeline. Fields are the keys a recipe may set; `__post_init__` checks their ranges."""
+    """One step of the pipeline. Fields are the keys a recipe may set; `__post_init__` checks their ranges.
+
+    Attributes:
+        loses: whether it may lose more than a budget allows, for a later pass to win back: pruning, for one.
+        recovers: whether it wins back what a pass that `loses` has lost: training, for one.
+    """
 
     reads: ClassVar[Stage]
     writes: ClassVar[Stage]
+    loses: ClassVar[bool] = False
+    recovers: ClassVar[bool] = False
 
     optional: bool = field(default=False, metadata={"help": "report a refusal and go on, instead of stopping"})
 

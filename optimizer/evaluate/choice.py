@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.distributions import Rows
 from optimizer.evaluate.flips import Changed, changed_classes, ending
-from optimizer.evaluate.items import Item, TextReader, items_hash, majority_share, shuffled
+from optimizer.evaluate.items import Item, TextReader, TopUp, items_hash, limit_of, majority_share, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render_all
 from optimizer.gate import Scores
@@ -213,6 +213,11 @@ class Continuation(Item):
         """Return the position whose logits are asked for the first token of the choice."""
         return len(self.ids) - len(self.targets)
 
+    @property
+    def unit(self) -> int:
+        """Return the number of its question."""
+        return self.question
+
 
 def continuation_parts(
     context: Sequence[int], targets: Sequence[int], longest: int | None
@@ -307,7 +312,7 @@ class Choice:
     context: int | None = field(
         default=None, metadata={"help": "tokens of a request; longer prompts are cut on the left", "ge": 2}
     )
-    items: int | None = field(default=None, metadata={"help": "use a random sample of so many questions", "ge": 1})
+    items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many questions", "ge": 1})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -332,7 +337,7 @@ class Choice:
         """Read the questions, draw the sample, encode the requests."""
         layout = self._layout()
         records = read_records(source, layout.wanted)
-        chosen = records if self.items is None else shuffled(records)[: self.items]
+        chosen = records if self.items is None else shuffled(records)[: limit_of(self.items)]
         return make_questions([read_question(record, layout) for record in chosen], reader, self.context)
 
     def _layout(self) -> Layout:

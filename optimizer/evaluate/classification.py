@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows
 from optimizer.evaluate.flips import Changed, changed_classes
-from optimizer.evaluate.items import Item, Texts, items_hash, majority_share
+from optimizer.evaluate.items import Item, Texts, TopUp, items_hash, limit_of, majority_share
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
@@ -58,7 +58,7 @@ class Classification:
     metric: str = field(default="accuracy", metadata={"help": "accuracy, f1, or the path of a metric module"})
     trust_metric_code: bool = field(default=False, metadata={"help": "allow a metric module that is not shipped"})
     context: int = field(default=512, metadata={"help": "tokens of a text that are read", "ge": 2})
-    items: int | None = field(default=None, metadata={"help": "use a random sample of so many texts", "ge": 1})
+    items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many texts", "ge": 1})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -89,7 +89,7 @@ class Classification:
     @property
     def reading(self) -> Texts:
         """Return how its items are made."""
-        return Texts(self.context, limit=self.items)
+        return Texts(self.context, limit=limit_of(self.items))
 
     def chance(self, items: Sequence[Item]) -> float | None:
         """Return the share of the most frequent label."""

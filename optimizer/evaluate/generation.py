@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.flips import Changed, beginning, changed_items, effects, ending
-from optimizer.evaluate.items import Item, TextReader, items_hash, shuffled
+from optimizer.evaluate.items import Item, TextReader, TopUp, items_hash, limit_of, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render
 from optimizer.gate import Scores
@@ -127,7 +127,7 @@ class Generation:
     context: int | None = field(
         default=None, metadata={"help": "tokens of prompt and answer; longer prompts are cut on the left", "ge": 2}
     )
-    items: int | None = field(default=None, metadata={"help": "use a random sample of so many prompts", "ge": 1})
+    items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many prompts", "ge": 1})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -152,7 +152,7 @@ class Generation:
     def load(self, source: DataSource, reader: TextReader) -> list[Item]:
         """Read the prompts, draw the sample, encode them."""
         records = read_records(source, self._wanted)
-        chosen = records if self.items is None else shuffled(records)[: self.items]
+        chosen = records if self.items is None else shuffled(records)[: limit_of(self.items)]
         texts = [render(self.prompt, record.cells, record.where) for record in chosen]
         encoded = reader.encode_chats(texts) if self.chat else reader.encode_whole(texts)
         longest = self._longest(reader)

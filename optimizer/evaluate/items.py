@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, read_rows
+from optimizer.quantities import check_ranges
 from optimizer.source import eos_token_ids, read_object
 from passes._kind import first_line, kind_of, vocabulary_size
 from passes._sentence import SentenceSettings, context_length, sentence_settings
@@ -29,6 +30,21 @@ if TYPE_CHECKING:
 
 ENCODE_AT_ONCE = 1024
 AnyRow = TypeVar("AnyRow", Row, Record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopUp:
+    """So many items at most: a gate that fewer have decided asks for no more."""
+
+    most: int = field(metadata={"help": "most items; gates look at an eighth, a quarter, a half and all", "ge": 1})
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def limit_of(items: int | TopUp | None) -> int | None:
+    """Return how many items a task takes at most, None for all."""
+    return items.most if isinstance(items, TopUp) else items
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,11 @@ class Item:
     def first(self) -> int:
         """Return the first position whose logits are asked for."""
         return 0
+
+    @property
+    def unit(self) -> int | None:
+        """Return which question it belongs to, where several items are scored as one; None where each is by itself."""
+        return None
 
     @property
     def texts(self) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from optimizer.evaluate.distributions import Rows
-from optimizer.evaluate.items import Document, Item, Texts, items_hash
+from optimizer.evaluate.items import Document, Item, Texts, TopUp, items_hash, limit_of
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
@@ -68,7 +68,7 @@ class Perplexity:
     data: str = field(metadata={"help": "entry of `data` that holds the documents", "names": "data"})
     context: int = field(default=1024, metadata={"help": "tokens of a document that are scored", "ge": 2})
     bos: bool = field(default=True, metadata={"help": "put the beginning-of-sequence token first, if there is one"})
-    items: int | None = field(default=None, metadata={"help": "use a random sample of so many documents", "ge": 1})
+    items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many documents", "ge": 1})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -80,7 +80,7 @@ class Perplexity:
     @property
     def reading(self) -> Texts:
         """Return how its items are made."""
-        return Texts(self.context, self.bos, self.items)
+        return Texts(self.context, self.bos, limit_of(self.items))
 
     def chance(self, items: Sequence[Item]) -> float | None:
         """Return None: it has no accuracy."""

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.fingerprint import fingerprint
 from optimizer.gate import Scores
+from optimizer.scores import ARRAYS
+from optimizer.statistics.spearman import spearman
 
 FORMAT = 1
+LARGEST_LOG = 700.0
+"""Its exponential is still a finite number."""
+Compute: TypeAlias = Callable[[NDArray[Any], NDArray[Any]], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +72,54 @@ def load(folder: Path) -> TaskResult:
         for name, entry in record["scores"].items()
     }
     return TaskResult(scores, _below(arrays, "reference/"))
+
+
+def joined(parts: Sequence[TaskResult], compute: Compute | None = None) -> TaskResult:
+    """Return the result on all items of several results on different items of one task.
+
+    Args:
+        parts: in the order of the items.
+        compute: takes answers and references [n] of a score that no formula is known for, returns the score.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(name for part in parts for name in part.scores)
+    scores = {name: _joined([_score(part, name) for part in parts], compute) for name in names}
+    kept = [name for name in parts[0].reference if all(name in part.reference for part in parts)]
+    return TaskResult(scores, {name: np.concatenate([part.reference[name] for part in parts]) for name in kept})
+
+
+def _score(part: TaskResult, name: str) -> Scores:
+    """Return a score; one that only other parts have, such as the share of cut prompts, is 0 here."""
+    if name in part.scores:
+        return part.scores[name]
+    other = next(iter(part.scores.values()))
+    return Scores(name, other.items, other.groups, {name: np.zeros(len(other.groups), bool)}, 0.0)
+
+
+def _joined(parts: Sequence[Scores], compute: Compute | None) -> Scores:
+    metric = parts[0].metric
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    return Scores(
+        metric=metric,
+        items=fingerprint([part.items for part in parts]),
+        groups=tuple(group for part in parts for group in part.groups),
+        values=values,
+        point=_point(metric, values, compute) if all(math.isfinite(part.point) for part in parts) else math.nan,
+    )
+
+
+def _point(metric: str, values: Mapping[str, NDArray[Any]], compute: Compute | None) -> float:
+    """Return a score from its per-item values, as the task itself would."""
+    if "tokens" in values or "bytes" in values:
+        sums, sizes = (values[name] for name in ARRAYS[metric])
+        mean = float(sums.sum() / sizes.sum())
+        return mean if metric != "perplexity" else math.exp(mean) if mean < LARGEST_LOG else math.inf
+    if metric == "spearman":
+        return spearman(values["reference"], values["answer"])
+    if compute is not None and "reference" in values:
+        return compute(values["answer"], values["reference"])
+    return float(np.mean(values["correct" if metric == "accuracy" else metric]))
 
 
 def _below(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows
-from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.items import Item, TopUp, items_hash, limit_of
 from optimizer.evaluate.pairs import PairItem, Pairs
 from optimizer.evaluate.result import TaskResult
 from optimizer.gate import Scores
@@ -58,7 +58,7 @@ class Similarity:
 
     data: str = field(metadata={"help": "entry of `data` that holds the texts", "names": "data"})
     context: int = field(default=512, metadata={"help": "tokens of a text that are read", "ge": 2})
-    items: int | None = field(default=None, metadata={"help": "use a random sample of so many pairs", "ge": 2})
+    items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many pairs", "ge": 2})
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -70,7 +70,7 @@ class Similarity:
     @property
     def reading(self) -> Pairs:
         """Return how its items are made."""
-        return Pairs(self.context, self.items)
+        return Pairs(self.context, limit_of(self.items))
 
     def chance(self, items: Sequence[Item]) -> float | None:
         """Return None: it has no accuracy."""

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import jsonschema
@@ -54,13 +53,10 @@ def test_artifact_writes_python(quickstart: Finished) -> None:
     assert re.search(r"\n {8}self\.\w+ = \w+", done.stdout)  # an assignment in the body of the method
 
 
-def test_second_run_finds_everything_in_the_store_and_ends_in_seconds(quickstart: Finished) -> None:
-    start = time.perf_counter()
+def test_second_run_finds_everything_in_the_store(quickstart: Finished) -> None:
     done = quickstart.project.run()
-    seconds = time.perf_counter() - start
     assert [line.rpartition(" | ")[2] for line in done.stdout.splitlines()[:5]] == ["stored"] * 5
     assert digest_in(done.stdout) == quickstart.digest
-    assert seconds < 10  # 2 s on one core of 2026; the first run takes ten times that
 
 
 def test_json_is_one_document_of_the_published_schema(quickstart: Finished) -> None:

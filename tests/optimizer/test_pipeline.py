@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from optimizer.costs import recorded
 from optimizer.errors import CannotRun, ExitCode
-from optimizer.pipeline import run, scoring_code
+from optimizer.examiner import scoring_code
+from optimizer.pipeline import run
 from optimizer.recipe import DataSource, Gate, Recipe, SizeBudget, Target
 from optimizer.record import Run
 from passes.base import ONNX, TORCH, Context, Model, Pass, PassError, PassResult, Stage

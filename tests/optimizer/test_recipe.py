@@ -124,7 +124,7 @@ WRONG = {
     "two keys in one pass": (
         "- export_toy",
         "- export_toy:\n    otherwise: []",
-        "17:5: passes.1: unknown key 'otherwise', expected the pass 'export_toy' alone",
+        "17:16: passes.1.otherwise: got an empty list, expected a list of passes, `keep` or `skip`",
     ),
     "pass that is a number": ("- export_toy", "- 3", "16:5: passes.1: got 3, expected a text"),
     "unknown task": (

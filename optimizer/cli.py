@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from optimizer.errors import CommandError, ExitCode, OptimizeError
+from optimizer.github import error_commands, is_github
 from passes._interrupts import interrupts_kept
 
 _EXTRAS = {
@@ -58,6 +59,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 StoreFolder = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="Where passes keep their work; else OPTIMIZE_STORE.")
 ]
+JUnitFile = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, a case for each gate.")
+]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report in Markdown, artifact or not.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all this process may use if not given.")]
 
 
@@ -72,6 +79,8 @@ def run(
     store: StoreFolder = None,
     stop_after: Annotated[str | None, typer.Option(metavar="PASS", help="Run no further than this pass.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the artifact even when a gate did not pass.")] = False,
+    junit: JUnitFile = None,
+    report: ReportFile = None,
     json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")] = False,
 ) -> int:
@@ -81,9 +90,12 @@ def run(
     4 it could not be run, 70 a bug, 130 Ctrl-C.
     """
     import optimizer
+    from optimizer.ci import Outputs
 
     if not recipe.exists() and recipe.suffix not in {".yaml", ".yml"}:
         raise CommandError(_no_such(str(recipe)))
+    outputs = Outputs(junit, report)
+    outputs.prepare()
     reporter: Literal["live", "plain"] = "live" if sys.stderr.isatty() else "plain"
     done = optimizer.run(
         recipe,
@@ -96,7 +108,7 @@ def run(
     )
     if json:
         typer.echo(done.to_json())
-    return int(done.exit_code)
+    return outputs.publish(done, sys.stderr if json else sys.stdout)
 
 
 @app.command()
@@ -392,6 +404,9 @@ def _explain(error: Exception) -> int:
     elif not isinstance(error, PassError | ServingError):
         message = f"a bug: {type(error).__name__}: {error}; traceback in {_keep_traceback(error)}"
         code = ExitCode.BUG
+    if is_github():
+        for line in error_commands(message, error):
+            typer.echo(line)
     return _tell(message, code)
 
 

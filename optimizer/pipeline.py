@@ -28,6 +28,7 @@ from optimizer.examiner import Examined, Examiner, weights_bytes
 from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.lock import lock_text, machine, versions
+from optimizer.markdown import report
 from optimizer.openings import Openings, opened
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.quiet import quiet_libraries
@@ -215,6 +216,7 @@ class _Chain:
 
         def write_evidence(folder: Path) -> None:
             (folder / "run.json").write_text(done.to_json() + "\n", encoding="utf-8")
+            (folder / "report.md").write_text(report(done), encoding="utf-8")
             for kind, results in (("source", examined.source), ("artifact", examined.results)):
                 for name, result in results.items():
                     result.save(folder / "items" / name / kind)

@@ -1,10 +1,10 @@
-"""The record of a run: what each pass did, what the gates say, how it ended. Data only; `--json` prints it."""
+"""The record of a run, or of a comparison: what was done, what the gates say, how it ended. Data only, for `--json`."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -197,22 +197,124 @@ class Run:
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what every gate says of the last model."""
-        size = (self.size.outcome,) if self.size else ()
-        return (*(judged.verdict.outcome for judged in self.verdicts), *size)
+        return _outcomes(self.verdicts, self.size)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return what all gates together say."""
+        return together(self.outcomes)
 
     @property
     def exit_code(self) -> ExitCode:
         """Return 1 when a gate failed, 3 when one is undecided, else 0."""
-        if "fail" in self.outcomes:
-            return ExitCode.FAIL
-        return ExitCode.INCONCLUSIVE if "inconclusive" in self.outcomes else ExitCode.PASS
+        return EXIT_CODES[self.outcome]
 
     def to_json(self) -> str:
         """Return the run as one JSON document; numbers that JSON cannot say are null."""
-        content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self)}
-        if self.size:
-            content["size"] |= {"ratio": self.size.ratio, "outcome": self.size.outcome}
+        content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self), "size": _told_size(self.size)}
         return json.dumps(_sayable(content), indent=1, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An artifact that is compared.
+
+    Attributes:
+        role: what it is here.
+        folder: as it was named.
+        digest: its identity.
+        bytes: as in `Step`.
+        scores: evaluation and metric -> score; empty where nothing had to be scored.
+        answers: where its answers come from.
+        score_s: seconds the scoring took when it was done.
+    """
+
+    role: Literal["baseline", "candidate", "pinned"]
+    folder: str
+    digest: str
+    bytes: int
+    scores: Mapping[str, float]
+    answers: Literal["scored", "stored", "evidence", "not asked"]
+    score_s: float
+
+
+@dataclass(frozen=True)
+class Against:
+    """The candidate judged against one other artifact.
+
+    Attributes:
+        reference: what it is judged against.
+        is_same: both are one artifact, byte for byte: no answer can differ, so that none is judged.
+        gates: what the gates say of the candidate.
+        flips: answers of the candidate that differ from the reference's.
+    """
+
+    reference: Compared
+    is_same: bool
+    gates: tuple[Judged, ...]
+    size: SizeVerdict | None
+    flips: tuple[Flips, ...]
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """Return what every gate says."""
+        return _outcomes(self.gates, self.size)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one artifact does against another, and against a pinned one where that is asked for.
+
+    Attributes:
+        policy: the file with data, tasks and budgets.
+        against: the baseline first.
+        notes: what a reader should know, such as a budget that does not apply here.
+        seconds: of this comparison, what was found in the store not included.
+    """
+
+    policy: str
+    candidate: Compared
+    against: tuple[Against, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """Return what all gates together say."""
+        return together([outcome for each in self.against for outcome in each.outcomes])
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Return 1 when a gate failed, 3 when one is undecided, else 0."""
+        return EXIT_CODES[self.outcome]
+
+    def to_json(self) -> str:
+        """Return the comparison as one JSON document; numbers that JSON cannot say are null."""
+        against = [{**asdict(each), "size": _told_size(each.size)} for each in self.against]
+        content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self), "against": against}
+        return json.dumps(_sayable(content), indent=1, sort_keys=True)
+
+
+EXIT_CODES: Mapping[Outcome, ExitCode] = {
+    "pass": ExitCode.PASS,
+    "fail": ExitCode.FAIL,
+    "inconclusive": ExitCode.INCONCLUSIVE,
+}
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return "fail" when one failed, "inconclusive" when one is undecided, else "pass"."""
+    if "fail" in outcomes:
+        return "fail"
+    return "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def _outcomes(gates: Sequence[Judged], size: SizeVerdict | None) -> tuple[Outcome, ...]:
+    return (*(judged.verdict.outcome for judged in gates), *((size.outcome,) if size else ()))
+
+
+def _told_size(size: SizeVerdict | None) -> Mapping[str, Any] | None:
+    return None if size is None else {**asdict(size), "ratio": size.ratio, "outcome": size.outcome}
 
 
 def _sayable(value: Any) -> Any:

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from optimizer.record import Judged, Rejected, Run, SizeVerdict, Step
+from optimizer.gate import Verdict
+from optimizer.openings import Openings
+from optimizer.record import Compared, Comparison, Judged, Rejected, Run, SizeVerdict, Step
 from passes.base import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -107,19 +109,55 @@ def seconds_text(step: Step) -> str:
     return " + ".join(made + scored) or ("stored" if step.scores else "not scored")
 
 
+def answers_text(side: Compared) -> str:
+    """Return where the answers of an artifact that is compared come from."""
+    if side.answers == "scored":
+        return f"{side.score_s:.1f} s scoring"
+    return "from its evidence" if side.answers == "evidence" else side.answers
+
+
+def comparison_lines(compared: Comparison) -> Iterator[str]:
+    """Yield what is said of a comparison: the artifacts, each gate, what to be wary of, and how it ended."""
+    for side in (*(each.reference for each in compared.against), compared.candidate):
+        yield f"{side.role:<9}  {side.folder} | {side.digest[:12]} | {side.bytes / 1e6:.2f} MB | {answers_text(side)}"
+    for each in compared.against:
+        lines = ["the same artifact, byte for byte: no answer can differ"] if each.is_same else []
+        lines += map(score_text, each.gates)
+        lines += [size_text(each.size, each.reference.role)] if each.size else []
+        head = f"against the {each.reference.role}"
+        for number, line in enumerate(lines or ["no gate"]):
+            yield f"{'' if number else head:<{len(head)}}  {line}"
+        yield from _remarks(each.gates)
+    yield from compared.notes
+    yield f"{compared.outcome}, {compared.seconds:.1f} s"
+
+
 def score_text(judged: Judged) -> str:
     """Return one gate's finding: score before and after, loss with its bounds, budget, verdict."""
     verdict = judged.verdict
-    metric = verdict.metric
-    name = label(judged)
-    loss, lower, upper, limit = _losses(metric, verdict.limit, (verdict.difference, verdict.lower, verdict.upper))
-    unit = _UNITS.get(metric, "")
-    budget = limit.removeprefix("+") + unit
-    after = f"{loss}{unit} [{lower}, {upper}] of {budget}: {verdict.outcome.upper()}"
-    if metric in AGAINST_SOURCE:
-        return f"{name} {after}"
-    scores = [number_text(metric, value) for value in (verdict.source, verdict.candidate)]
-    return f"{name} {scores[0]} -> {scores[1]}, {after}"
+    loss, bounds, budget = loss_texts(verdict)
+    after = f"{loss} {bounds} of {budget}: {verdict.outcome.upper()}"
+    if verdict.metric in AGAINST_SOURCE:
+        return f"{label(judged)} {after}"
+    scores = [number_text(verdict.metric, value) for value in (verdict.source, verdict.candidate)]
+    return f"{label(judged)} {scores[0]} -> {scores[1]}, {after}"
+
+
+def loss_texts(verdict: Verdict) -> tuple[str, str, str]:
+    """Return the loss, its bounds and the budget as a person reads them."""
+    values = (verdict.difference, verdict.lower, verdict.upper)
+    loss, lower, upper, limit = _losses(verdict.metric, verdict.limit, values)
+    unit = _UNITS.get(verdict.metric, "")
+    return f"{loss}{unit}", f"[{lower}, {upper}]", f"{limit.removeprefix('+')}{unit}"
+
+
+def remark_text(judged: Judged) -> str:
+    """Return why a gate says what it says, what to be wary of, and what would decide; empty for a plain pass."""
+    verdict = judged.verdict
+    if verdict.outcome == "pass" and not verdict.flags:
+        return ""
+    more = f"; about {verdict.items_needed:,} items would decide" if verdict.items_needed else ""
+    return f"{verdict.reason}{more}"
 
 
 def label(judged: Judged) -> str:
@@ -128,11 +166,23 @@ def label(judged: Judged) -> str:
     return " ".join(dict.fromkeys(filter(None, names)))
 
 
+def score_name(name: str) -> str:
+    """Return what a score of a record is called: evaluation and metric, once where they are called the same."""
+    evaluation, _, metric = name.partition("/")
+    return metric if evaluation == metric else f"{evaluation} {metric}"
+
+
 def number_text(metric: str, value: float) -> str:
     """Return a score as a person reads it."""
     if metric in _SHARES:
         return f"{100 * value:.2f} %"
     return f"{value:.4f}" if metric in ("kl", "nats_per_byte", "spearman") else f"{value:.3f}"
+
+
+def one_line(text: str) -> str:
+    """Return text with line ends as an arrow, other white space as spaces, and what cannot be seen replaced."""
+    line = text.replace("\r\n", "↵").replace("\n", "↵")
+    return "".join(" " if each.isspace() else each if each.isprintable() else "\ufffd" for each in line)
 
 
 def told_apart(values: Iterable[float], limit: float, least: int, spec: str = "") -> list[str]:
@@ -152,11 +202,11 @@ def told_apart(values: Iterable[float], limit: float, least: int, spec: str = ""
     return texts
 
 
-def size_text(size: SizeVerdict) -> str:
-    """Return the finding of the size gate."""
+def size_text(size: SizeVerdict, of: str = "source") -> str:
+    """Return the finding of the size gate; `of` is what it is compared with."""
     share, limit = told_apart([100 * size.ratio], 100 * size.max_ratio, 1)
     return (
-        f"size {size.bytes / 1e6:.2f} MB, {share} % of the source's {size.source_bytes / 1e6:.2f} MB, "
+        f"size {size.bytes / 1e6:.2f} MB, {share} % of the {of}'s {size.source_bytes / 1e6:.2f} MB, "
         f"of at most {limit}: {size.outcome.upper()}"
     )
 
@@ -167,18 +217,8 @@ def end_lines(run: Run) -> Iterator[str]:
         yield size_text(run.size)
     for judged in run.certified:
         yield score_text(judged)
-    for judged in run.verdicts:
-        verdict = judged.verdict
-        if verdict.outcome != "pass" or verdict.flags:
-            more = f"; about {verdict.items_needed:,} items would decide" if verdict.items_needed else ""
-            outcome = "" if verdict.outcome == "pass" else f"{verdict.outcome.upper()}, "
-            yield f"{label(judged)}: {outcome}{verdict.reason}{more}"
-    for opening in run.openings:
-        if opening.count > 1:
-            yield (
-                f"{opening.evaluation}: {opening.count} different models were judged by these items since "
-                f"{opening.since}; the chance that any of them passed wrongly is bounded by {opening.alpha:.0%} only"
-            )
+    yield from _remarks(run.verdicts)
+    yield from (openings_text(opening) for opening in run.openings if opening.count > 1)
     for rejected in run.rejected[-1:]:
         yield f"{len(run.rejected)} rungs gave way, the last because {rejected.reason}"
     if run.artifact:
@@ -189,6 +229,23 @@ def end_lines(run: Run) -> Iterator[str]:
     yield f"{run.seconds:.1f} s"
     if run.earlier:
         yield f"careful: {run.earlier} is left from an earlier run, this one did not make it"
+
+
+def openings_text(opening: Openings) -> str:
+    """Return how often the items that judge were opened, and what that means for a pass."""
+    if opening.count == 1:
+        return f"{opening.evaluation}: no other model was judged by these items"
+    return (
+        f"{opening.evaluation}: {opening.count} different models were judged by these items since {opening.since}; "
+        f"the chance that any of them passed wrongly is bounded by {opening.alpha:.0%} only"
+    )
+
+
+def _remarks(gates: Iterable[Judged]) -> Iterator[str]:
+    for judged in gates:
+        outcome = judged.verdict.outcome
+        if remark := remark_text(judged):
+            yield f"{label(judged)}: {'' if outcome == 'pass' else f'{outcome.upper()}, '}{remark}"
 
 
 def _why_none(run: Run) -> str:
@@ -216,10 +273,9 @@ def _reported(step: Step, source: Step | None) -> Iterator[str]:
         evaluation, _, metric = name.partition("/")
         if (evaluation, metric) in judged or metric == "nats_per_byte" or (source is None and metric in AGAINST_SOURCE):
             continue
-        shown = metric if evaluation == metric else f"{evaluation} {metric}"
         before = None if source is None or metric in AGAINST_SOURCE else source.scores[name]
         change = "" if before is None else f"{number_text(metric, before)} -> "
-        yield f"{shown} {change}{number_text(metric, score)}"
+        yield f"{score_name(name)} {change}{number_text(metric, score)}"
 
 
 def _broken(head: str, parts: Iterable[str], columns: int | None) -> list[str]:

@@ -78,7 +78,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the items show, in the unit of the budget; a `refusal` says why no verdict may rest on it."""
+    """What the items show, in the unit of the budget; a `refusal` says why no verdict may rest on it.
+
+    `spread` is what `power.forecast` needs to know to plan with.
+    """
 
     difference: float
     lower: float
@@ -89,6 +92,7 @@ class Evidence:
     warnings: Warnings = ()
     undecided: str = ""
     mcnemar_p: float | None = None
+    spread: float = math.nan
 
 
 def skip_words(question: Question, most: int) -> str:
@@ -140,6 +144,7 @@ def _compare_accuracy(question: Question) -> Evidence:
         warnings=_few_groups(question) + _near_chance(question, before),
         undecided=too_few if effective < floor else "",
         mcnemar_p=None if question.is_grouped else paired.mcnemar_p(lost, gained),
+        spread=(lost + gained) / n,
     )
 
 
@@ -209,6 +214,7 @@ def _compare_ratio(
         items_needed=math.ceil(needed * question.n / documents),
         refusal=_floor_words(effective, "documents"),
         warnings=_advice(effective, "documents") + _skewed(sums - loss * sizes, effective),
+        spread=deviation,
     )
 
 
@@ -235,6 +241,7 @@ def _compare_flips(question: Question) -> Evidence:
         refusal=_floor_words(documents, "documents") if is_clustered else "",
         warnings=_advice(documents, "documents") + skew if is_clustered else (),
         undecided=too_few if effective < floor else "",
+        spread=share,
     )
 
 
@@ -265,6 +272,7 @@ def _compare_f1(question: Question) -> Evidence:
         items_needed=max(needed, math.ceil(question.n * _BCA_CLASS_ITEMS / rarest)),
         refusal=_f1_refusal(question, rarest, has_few_changes),
         warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question),
+        spread=changed / question.n,
     )
 
 
@@ -295,6 +303,7 @@ def _compare_spearman(question: Question) -> Evidence:
         items_needed=_correlated_items_needed(question, loss, upper, reference, before, has_few_changes),
         refusal=_spearman_refusal(question, has_few_changes),
         warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question) + _no_order(question),
+        spread=_deviation(question, lower, upper),
     )
 
 
@@ -312,6 +321,13 @@ def _correlated_items_needed(
         return max(least, math.ceil(-math.log(question.planned) * most / question.limit))
     deviation = (upper - loss) / float(ndtri(1 - question.alpha)) * math.sqrt(question.n)
     return max(least, _units_needed(deviation, question.limit, loss, question.planned))
+
+
+def _deviation(question: Question, lower: float, upper: float) -> float:
+    """Return the standard error that an interval has, times the root of the number of items."""
+    from scipy.special import ndtri
+
+    return (upper - lower) / -float(ndtri(question.alpha) + ndtri(question.fail_alpha)) * math.sqrt(question.n)
 
 
 def _spearman_refusal(question: Question, has_few_changes: bool) -> str:

@@ -85,6 +85,7 @@ class Verdict:
         items_needed: items of this kind that would decide with probability 0.8; None when decided.
         mcnemar_p: accuracy of ungrouped items: evidence of any difference at all; never used to decide.
         flags: warnings a program can read: `FLAGS`.
+        spread: what `power.forecast` plans with.
         looked_at: items after which level was last spent: `n_items`, or the look before when this one was skipped
             because it could not decide.
         is_hopeless: the items still to come would hardly decide either.
@@ -105,6 +106,7 @@ class Verdict:
     items_needed: int | None
     mcnemar_p: float | None
     flags: tuple[str, ...]
+    spread: float = math.nan
     looked_at: int = 0
     is_hopeless: bool = False
 
@@ -215,6 +217,7 @@ def _verdict(question: Question, evidence: Evidence, outcome: Outcome, words: st
         items_needed=evidence.items_needed if outcome == "inconclusive" else None,
         mcnemar_p=evidence.mcnemar_p,
         flags=tuple(flag for flag, _ in warnings),
+        spread=evidence.spread,
         looked_at=question.n,
     )
 

@@ -8,6 +8,7 @@
     macro_f1.py   one of them: F1 over classes
     spearman.py   another: the order of similarities
     sequential.py levels of several looks at a growing sample
+    power.py      how likely a gate is to decide, looks included, and with how many items
 
 A loss is positive where the candidate is worse. Every bound is one-sided at the level it is given.
 """

@@ -44,10 +44,10 @@ def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Resu
     The tensors outside the blocks (embedding, final norm, head) stay in memory for the whole walk.
     """
     names = {id(skeleton.module.get_submodule(name)): name for name in skeleton.blocks}
-    travellers = [_Traveller(skeleton.module, forward) for forward in forwards]
+    travellers = [Traveller(skeleton.module, forward) for forward in forwards]
     hooks = [
         skeleton.module.get_submodule(name).register_forward_pre_hook(
-            lambda module, _: _Traveller.current().stop_before(names[id(module)])
+            lambda module, _: Traveller.current().stop_before(names[id(module)])
         )
         for name in skeleton.blocks
     ]
@@ -82,7 +82,7 @@ def walk_over(skeleton: Skeleton, sequences: Sequence[Sequence[int]]) -> None:
             pass
 
 
-def _advance(travellers: Sequence[_Traveller[Result]], indices: Sequence[int]) -> Iterator[tuple[int, Result]]:
+def _advance(travellers: Sequence[Traveller[Result]], indices: Sequence[int]) -> Iterator[tuple[int, Result]]:
     """Move some of the travellers to their next block; hand out the results of those that end."""
     for index in indices:
         travellers[index].advance()
@@ -94,13 +94,28 @@ class _Abandoned(BaseException):
     """Unwinds a forward pass that nobody waits for any more."""
 
 
-class _Traveller(Generic[Result]):
-    """One forward pass in a thread that runs only between `advance` and the next block."""
+class Traveller(Generic[Result]):
+    """One forward pass in a thread that runs only between `advance` and the next block.
+
+    Attributes:
+        before: the block it is about to enter; None before the first step and at the end.
+        outputs: what the blocks returned that it went `through`, if it is to keep that.
+    """
 
     _local = threading.local()
 
-    def __init__(self, module: PreTrainedModel, forward: Callable[[PreTrainedModel], Result]) -> None:
-        self.before: str | None = None  # the block it is about to enter; None before the first step and at the end
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        forward: Callable[[PreTrainedModel], Result],
+        recorded: Sequence[Any] = (),
+        *,
+        keeps: bool = False,
+    ) -> None:
+        """Start the thread, which waits for `advance`; the first blocks return what is `recorded`, and do not run."""
+        self.outputs: list[Any] | None = [] if keeps else None
+        self._recorded = list(reversed(recorded))
+        self.before: str | None = None
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._abandoned = False
         self._result: list[Result] = []
@@ -109,8 +124,9 @@ class _Traveller(Generic[Result]):
         self._thread.start()
 
     @classmethod
-    def current(cls) -> _Traveller[Any]:
-        traveller: _Traveller[Any] = cls._local.traveller
+    def current(cls) -> Traveller[Any]:
+        """Return the traveller whose thread this is."""
+        traveller: Traveller[Any] = cls._local.traveller
         return traveller
 
     def advance(self) -> None:
@@ -121,7 +137,7 @@ class _Traveller(Generic[Result]):
             raise self._error
 
     def stop_before(self, block: str) -> None:
-        """Called in the thread, on the way into a block."""
+        """Called in the thread, on the way into a block: wait for `advance`."""
         self.before = block
         self._stopped.release()
         self._go.acquire()
@@ -129,11 +145,22 @@ class _Traveller(Generic[Result]):
         if self._abandoned:
             raise _Abandoned
 
+    def through(self, block: str, run: Callable[[], Any]) -> Any:
+        """Called in the thread in the place of a block: return what was recorded of it, else stop and then run it."""
+        if self._recorded:
+            return self._recorded.pop()
+        self.stop_before(block)
+        output = run()
+        if self.outputs is not None:
+            self.outputs.append(output)
+        return output
+
     def take_result(self) -> Result:
         """Return what the forward pass returned, and keep no hold on it."""
         return self._result.pop()
 
     def abandon(self) -> None:
+        """End the thread where it stands."""
         if self._thread.is_alive():
             self._abandoned = True
             self._go.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,22 +83,18 @@ class TorchScorer:
     def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
         distinct, owners = _distinct(items)
-        for indices, logits in self._walk(distinct, _decode):
+        for indices, logits in self._walk(distinct):
             for row, index in enumerate(indices):
                 for owner in owners[index]:
                     yield owner, items[owner].first, logits[row, items[owner].first :]
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together."""
-        return _in_order(len(items), self._walk(items, _encode))
+        return _in_order(len(items), self._walk(items))
 
     def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run items of equal length together, and pool as the graph will."""
-        from passes._pooling import pooling_of
-
-        return _in_order(
-            len(items), self._walk(items, _encode, pooling=pooling_of(self.model.assets, self.model.config))
-        )
+        return _in_order(len(items), self._walk(items))
 
     def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
         """Let prompts of equal length go on together; a token costs one reading of the blocks for all of a walk."""
@@ -114,17 +110,15 @@ class TorchScorer:
             for number, answers in walk(skeleton, [decoding(x, max_tokens, ends) for x in ids]):
                 yield from zip(together[number], answers, strict=True)
 
-    def _walk(
-        self, items: Sequence[Item], forward: Callable[..., Forward], **options: Any
-    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-        """Yield item indices and the answers [B, ...] that `forward` gets, of every batch."""
+    def _walk(self, items: Sequence[Item]) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Yield item indices and the answers [B, ...] of every batch."""
         from passes._walk import walk
 
         skeleton = self._skeleton()
-        most = max(1, SLICE_ELEMENTS // skeleton.module.config.vocab_size)
-        for indices in walk_groups(batches(items, min(TOKENS_PER_BATCH, most)), [len(item.ids) for item in items]):
+        most = tokens_at_once(skeleton.module.config.vocab_size)
+        for indices in walk_groups(batches(items, most), [len(item.ids) for item in items]):
             together = [[items[index] for index in batch] for batch in indices]
-            for number, logits in walk(skeleton, [forward(batch, **options) for batch in together]):
+            for number, logits in walk(skeleton, [answering(batch, self.model, self.kind) for batch in together]):
                 yield indices[number], logits
 
     def _skeleton(self) -> Skeleton:
@@ -184,6 +178,23 @@ class RuntimeScorer:
         for indices in batches(items, TOKENS_PER_BATCH):
             together = [items[index] for index in indices]
             yield indices, session.run([item.ids for item in together], [item.types for item in together])
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Return how many tokens may run together for the sake of their logits."""
+    return min(TOKENS_PER_BATCH, max(1, SLICE_ELEMENTS // vocabulary))
+
+
+def answering(items: Sequence[Item], model: Model, kind: str) -> Forward:
+    """Return a forward pass of items of equal length.
+
+    It ends in logits [B, T, V] of a decoder, [B, labels] of a classifier or reranker, or an embedder's vectors [B, D].
+    """
+    from passes._pooling import pooling_of
+
+    if kind == "decoder":
+        return _decode(items)
+    return _encode(items, pooling_of(model.assets, model.config) if kind == "embedder" else None)
 
 
 def _in_order(count: int, answers: Iterable[tuple[Sequence[int], NDArray[np.float32]]]) -> NDArray[np.float32]:

@@ -61,6 +61,11 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "bert": ("BertForSequenceClassification", ENCODER),
     "bert-embedder": ("BertModel", ENCODER),
     "bert-masked": ("BertForMaskedLM", ENCODER),
+    "albert": (
+        "AlbertForSequenceClassification",
+        {**ENCODER, "embedding_size": 16, "num_hidden_layers": 3, "initializer_range": 0.3},
+    ),
+    "bert-ranker": ("BertForSequenceClassification", {**ENCODER, "num_labels": 1, "initializer_range": 0.3}),
     "bert-sharp": ("BertForSequenceClassification", {**ENCODER, "initializer_range": 0.3}),
     "modernbert-sharp": (
         "ModernBertForSequenceClassification",

@@ -23,10 +23,18 @@ from optimizer.hub import HubId
 from optimizer.quantities import check_ranges
 from optimizer.reader import BAD, Reader, Special, join, one_of, suggest
 from optimizer.sensitivity import kept_formats
+from optimizer.speed import LatencyBudget, RateBudget, SpeedLimit
 from passes.base import ONNX, TORCH, Pass, Stage
+from runtime.artifact import KINDS
+from runtime.bench import METRICS, Workload, metrics_of
 
 SERVED = {"cpu": ONNX}
 """The stage the runtime serves on each device."""
+
+
+def changes_weights(kind: type[Pass]) -> bool:
+    """Say whether a pass makes another model of it, rather than lower it: the reference artifact goes without."""
+    return (kind.reads, kind.writes) == (TORCH, TORCH)
 
 
 class Name(str):
@@ -116,10 +124,22 @@ class Gate:
         default=None, metadata={"help": "chance of failing a model within budget; else alpha", "gt": 0, "lt": 0.5}
     )
     size: SizeBudget | None = field(default=None, metadata={"help": "budget of the weights' size"})
+    prefill_tokens_per_s: RateBudget | None = field(default=None, metadata={"help": "budget of a decoder's prompts"})
+    decode_tokens_per_s: RateBudget | None = field(default=None, metadata={"help": "budget of a decoder's answers"})
+    texts_per_s: RateBudget | None = field(default=None, metadata={"help": "budget of an encoder's batches"})
+    ttft_ms: LatencyBudget | None = field(default=None, metadata={"help": "budget of the time to a first token"})
+    latency_ms: LatencyBudget | None = field(default=None, metadata={"help": "budget of the time of one whole request"})
+    workload: Workload = field(default=Workload(), metadata={"help": "what is asked where speed is measured"})
     budgets: Mapping[str, TaskBudget] = field(default_factory=dict, metadata={"in_recipe": False})
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    @property
+    def speeds(self) -> tuple[SpeedLimit, ...]:
+        """Return what is demanded of the artifact's speed."""
+        given = ((metric, getattr(self, metric)) for metric in METRICS)
+        return tuple(limit for metric, budget in given if budget for limit in budget.limits(metric))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +288,7 @@ class _RecipeReader:
         self.tasks: dict[str, Any] = {}
         self.fallbacks: tuple[Fallback, ...] = ()
         self.device = "cpu"
+        self.ratios: list[tuple[Node, str]] = []
 
     def read(self, root: Node) -> Recipe:
         special: dict[str, Special] = {
@@ -356,7 +377,24 @@ class _RecipeReader:
             return budget
 
         gate = self.reader.record(node, Gate, where, {name: read(name, task) for name, task in self.tasks.items()})
-        return BAD if gate is BAD else replace(gate, budgets=budgets)
+        if gate is BAD:
+            return BAD
+        self._check_speeds(gate, node, where)
+        return replace(gate, budgets=budgets)
+
+    def _check_speeds(self, gate: Gate, node: Node, where: str) -> None:
+        """Record each budget of a speed that no model has which the tasks can score; remember those of a ratio."""
+        entries = self.reader.entries(node, where)
+        kinds = [task.kinds for task in self.tasks.values() if task is not BAD]
+        possible = [kind for kind in KINDS if all(kind in each for each in kinds)]
+        known = [metric for metric in METRICS if any(metric in metrics_of(kind) for kind in possible)]
+        for limit in gate.speeds:
+            budget = entries[limit.metric]
+            if possible and limit.metric not in known:
+                message = f"models that {', '.join(self.tasks)} can score have no such speed, expected {one_of(known)}"
+                self.reader.mistake(budget.key, join(where, limit.metric), message)
+            elif limit.is_ratio:
+                self.ratios.append((budget.value, join(where, limit.metric)))
 
     def _budget(self, node: Node, where: str, task: Task) -> Any:
         budget = self.reader.record(node, task.budget, where)
@@ -373,7 +411,9 @@ class _RecipeReader:
             got = "an empty list" if isinstance(node, SequenceNode) else "no list"
             return self.reader.mistake(node, where, f"got {got}, expected a list of passes")
         steps = [self._step(child, join(where, str(index))) for index, child in enumerate(node.value)]
-        self._check_chain(node.value, [kind for kind, _, _ in steps], where)
+        kinds = [kind for kind, _, _ in steps]
+        self._check_chain(node.value, kinds, where)
+        self._check_ratios(kinds)
         self.fallbacks = tuple(fallback for _, _, fallback in steps)
         return tuple(step for _, step, _ in steps)
 
@@ -459,6 +499,13 @@ class _RecipeReader:
         if stage is not None and stage != served:
             message = f"the chain ends at stage {stage}, expected {served}, which {self.device} serves"
             self.reader.mistake(nodes[-1], where, message + self._bridge(stage, served))
+
+    def _check_ratios(self, kinds: Sequence[type[Pass] | None]) -> None:
+        """Record each ratio of speeds that would compare a graph with itself."""
+        if not any(kind is None or changes_weights(kind) for kind in kinds):
+            message = "the reference artifact is exported and fused as this chain is, so there is nothing to compare"
+            for node, where in self.ratios:
+                self.reader.mistake(node, where, f"{message}; expected no ratio, or a pass that changes the weights")
 
     def _bridge(self, stage: Stage, needed: Stage) -> str:
         names = [name for name, kind in self.choices.passes.items() if (kind.reads, kind.writes) == (stage, needed)]

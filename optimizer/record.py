@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from optimizer.errors import ExitCode
 from optimizer.gate import Verdict
 from optimizer.openings import Openings
+from optimizer.speed import SpeedVerdict, Timing
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Effect = Literal["worse", "better", "other"]
@@ -173,6 +174,8 @@ class Run:
         stopped_after: the pass the user asked to stop after.
         seconds: of this run, what was found in the store not included.
         flips: answers of the last model that differ from the source's.
+        speeds: what the speed gates say of the last model.
+        timing: under what conditions that was measured.
     """
 
     name: str
@@ -188,6 +191,8 @@ class Run:
     certified: tuple[Judged, ...] = ()
     openings: tuple[Openings, ...] = ()
     noise: Mapping[str, float] = field(default_factory=dict)
+    speeds: tuple[SpeedVerdict, ...] = ()
+    timing: Timing | None = None
 
     @property
     def verdicts(self) -> tuple[Judged, ...]:
@@ -197,7 +202,7 @@ class Run:
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what every gate says of the last model."""
-        return _outcomes(self.verdicts, self.size)
+        return (*_outcomes(self.verdicts, self.size), *(speed.outcome for speed in self.speeds))
 
     @property
     def outcome(self) -> Outcome:

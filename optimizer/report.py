@@ -5,6 +5,7 @@ On a terminal a line wider than it goes on below its own text; elsewhere it stay
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optimizer.gate import Verdict
 from optimizer.openings import Openings
 from optimizer.record import Compared, Comparison, Judged, Rejected, Run, SizeVerdict, Step
+from optimizer.speed import SpeedVerdict, Timing
 from passes.base import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -211,13 +213,55 @@ def size_text(size: SizeVerdict, of: str = "source") -> str:
     )
 
 
+def speed_text(speed: SpeedVerdict) -> str:
+    """Return the finding of a speed gate: before and after, ratio or number with its bounds, budget, verdict."""
+    times = "x" if speed.is_ratio else ""
+    digits = max(2 if speed.is_ratio else _digits(speed.estimate), -math.floor(math.log10(speed.limit)))
+    estimate, lower, upper, limit = told_apart((speed.estimate, speed.lower, speed.upper), speed.limit, digits, ",")
+    before = (
+        "" if speed.reference is None else f"{_three_digits(speed.reference)} -> {_three_digits(speed.candidate)}, "
+    )
+    side = "least" if speed.metric.endswith("_per_s") else "most"
+    return (
+        f"{speed.metric} {before}{times}{estimate} [{lower}, {upper}] of at {side} {times}{limit}: "
+        f"{speed.outcome.upper()}"
+    )
+
+
+def timing_text(timing: Timing) -> str:
+    """Return under what conditions speed was measured."""
+    generated = f", {timing.new_tokens} new" if timing.new_tokens else ""
+    batch = f", batches of {timing.batch}" if timing.batch > 1 else ""
+    return (
+        f"speed: {timing.restarts} restarts of {timing.pairs} pairs, {timing.input_tokens} tokens{generated}{batch}, "
+        f"{timing.threads} threads on {timing.cores} cores, load {timing.load_before:.1f} to {timing.load_after:.1f}, "
+        f"{timing.seconds:.1f} s"
+    )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    """Return how many digits after the point give a positive number three in all."""
+    return max(0, 2 - math.floor(math.log10(value)))
+
+
 def end_lines(run: Run) -> Iterator[str]:
     """Yield the closing lines: size, gates with something to say, then what became of the artifact."""
     if run.size:
         yield size_text(run.size)
+    for speed in run.speeds:
+        yield speed_text(speed)
+    if run.timing:
+        yield timing_text(run.timing)
     for judged in run.certified:
         yield score_text(judged)
     yield from _remarks(run.verdicts)
+    yield from (
+        f"{each.metric}: {each.outcome.upper()}, {each.reason}" for each in run.speeds if each.outcome != "pass"
+    )
     yield from (openings_text(opening) for opening in run.openings if opening.count > 1)
     for rejected in run.rejected[-1:]:
         yield f"{len(run.rejected)} rungs gave way, the last because {rejected.reason}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from test_report import PASSED, RUN, STEP, Judged
+from test_report import FASTER, PASSED, RUN, STEP, TIMING, Judged
 
 from optimizer.cli import main
 from optimizer.errors import ExitCode
@@ -37,6 +37,13 @@ def test_exit_code_is_that_of_the_worst_verdict(outcomes: tuple[str, ...], code:
 def test_size_over_its_budget_fails_the_run() -> None:
     assert judged("pass", size=SizeVerdict(41, 100, 0.4)).exit_code == ExitCode.FAIL
     assert judged("pass", size=SizeVerdict(40, 100, 0.4)).exit_code == ExitCode.PASS
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("fail", 1), ("inconclusive", 3), ("pass", 0)])
+def test_speed_decides_with_the_others(outcome: str, code: int) -> None:
+    run = replace(judged("pass"), speeds=(FASTER, replace(FASTER, outcome=outcome)), timing=TIMING)
+    assert run.exit_code == code
+    jsonschema.Draft7Validator(run_schema()).validate(json.loads(run.to_json()))
 
 
 def test_only_the_last_model_decides() -> None:

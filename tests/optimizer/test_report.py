@@ -5,7 +5,8 @@ import pytest
 
 from optimizer.gate import Verdict
 from optimizer.record import Judged, Run, SizeVerdict, Step
-from optimizer.report import Reporter, end_lines, score_text, size_text, step_lines, told_apart
+from optimizer.report import Reporter, end_lines, score_text, size_text, speed_text, step_lines, told_apart
+from optimizer.speed import SpeedVerdict, Timing
 
 PASSED = Verdict(
     metric="perplexity",
@@ -36,6 +37,23 @@ STEP = Step(
     score_s=2.4,
 )
 RUN = Run("r", (SOURCE, STEP), None, "artifacts/r", "ab" * 32, None, 21.14)
+
+FASTER = SpeedVerdict(
+    metric="decode_tokens_per_s",
+    outcome="pass",
+    is_ratio=True,
+    limit=1.4,
+    reference=173.4,
+    candidate=1259.2,
+    estimate=1.502,
+    lower=1.461,
+    upper=1.548,
+    alpha=0.05,
+    restarts=8,
+    by_restart=(1.5,) * 8,
+    reason="shown to be within the budget",
+)
+TIMING = Timing(8, 8, 128, 32, 1, 2, 4, "a processor", 2600.0, None, 0.42, 1.61, 61.23)
 
 
 def test_line_of_a_pass_has_scores_interval_verdict_changes_size_and_seconds() -> None:
@@ -164,3 +182,35 @@ def test_plain_reporter_keeps_results_and_warnings_apart(
     reporter.warn("damaged")
     out, err = capsys.readouterr()
     assert (len(out.splitlines()), err) == (1, "damaged\n")
+
+
+def test_line_of_a_speed_has_both_rates_ratio_interval_budget_and_verdict() -> None:
+    assert speed_text(FASTER) == ("decode_tokens_per_s 173 -> 1,259, x1.50 [1.46, 1.55] of at least x1.40: PASS")
+
+
+def test_line_of_a_time_says_at_most_and_an_absolute_one_has_no_reference() -> None:
+    time = replace(FASTER, metric="latency_ms", is_ratio=False, limit=20.0, reference=None, estimate=12.34)
+    time = replace(time, lower=11.92, upper=20.04, outcome="inconclusive")
+    assert speed_text(time) == "latency_ms 12.34 [11.92, 20.04] of at most 20.00: INCONCLUSIVE"
+
+
+def test_speed_near_its_budget_has_the_digits_that_show_the_side() -> None:
+    assert "x1.4020 [1.3999, 1.5480] of at least x1.4000" in speed_text(replace(FASTER, estimate=1.402, lower=1.3999))
+
+
+def test_end_tells_speeds_their_conditions_and_why_one_did_not_pass() -> None:
+    undecided = replace(FASTER, metric="ttft_ms", outcome="inconclusive", reason="not decided by 16 restarts")
+    lines = list(end_lines(replace(RUN, artifact=None, speeds=(FASTER, undecided), timing=TIMING)))
+    assert lines == [
+        speed_text(FASTER),
+        speed_text(undecided),
+        "speed: 8 restarts of 8 pairs, 128 tokens, 32 new, 2 threads on 4 cores, load 0.4 to 1.6, 61.2 s",
+        "ttft_ms: INCONCLUSIVE, not decided by 16 restarts",
+        "no artifact: a gate is undecided (--keep makes one all the same)",
+        "21.1 s",
+    ]
+
+
+def test_conditions_of_an_encoder_name_its_batch() -> None:
+    lines = list(end_lines(replace(RUN, speeds=(FASTER,), timing=replace(TIMING, new_tokens=0, batch=8))))
+    assert "speed: 8 restarts of 8 pairs, 128 tokens, batches of 8, 2 threads" in lines[1]

@@ -30,15 +30,17 @@ from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.lock import lock_text, machine, versions
 from optimizer.markdown import report
 from optimizer.openings import Openings, opened
-from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
+from optimizer.package import GRAPH, Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.quiet import quiet_libraries
-from optimizer.recipe import Keep, Recipe, Skip, rung_text
+from optimizer.recipe import Keep, Recipe, Skip, changes_weights, rung_text
 from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, Style, label
 from optimizer.source import Source, check_finite, load_source, source_identity
-from optimizer.store import Store, default_limit, default_root
-from passes._kind import require_sizes
-from passes._sentence import require_sentence
+from optimizer.speed import SpeedVerdict, Timing
+from optimizer.speed_restarts import Setup, measure, require_measurable
+from optimizer.store import Entry, Store, default_limit, default_root
+from passes._kind import kind_of, require_sizes, vocabulary_size
+from passes._sentence import context_length, require_sentence
 from passes.base import Context, Model, Pass, PassError, Stage, no_progress
 from runtime.errors import ServingError
 from runtime.threads import default_threads
@@ -141,6 +143,7 @@ class _Chain:
             source = load_source(recipe.model, recipe.model_folder, progress)
             _require_sizes(source.model)
             require_sentence(source.model.assets, source.model.config)
+            _require_measurable(recipe, source.model)
             check_finite(source, store, progress)
         reader = TextReader.of(source.model.assets, source.model.config)
         items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
@@ -169,10 +172,13 @@ class _Chain:
             size = self._size()
             if size and size.outcome == "fail" and self._fall_back("the model is too large"):
                 continue
+            speeds, timing = self._speeds()
+            if any(speed.outcome == "fail" for speed in speeds) and self._fall_back("the model is too slow"):
+                continue
             certified = self._certify()
             if any(gate.verdict.outcome != "pass" for gate in certified) and self._fall_back("did not pass certify"):
                 continue
-            return self._ended(size, certified, None)
+            return replace(self._ended(size, certified, None), speeds=speeds, timing=timing)
 
     def _run_passes(self, stop_after: str | None, must_end: bool) -> bool:
         """Run the passes that are left, or other rungs where gates fail; return whether a gate or the user ends it."""
@@ -238,14 +244,9 @@ class _Chain:
             return self._unchanged(index, "as `otherwise` says")
         each = self._keeping(first, chosen, index) if isinstance(chosen, Keep) else chosen
         before = self.path[-1]
-        shown = _hashes(self._calibration(each, index))
-        key = fingerprint([before.key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
-        self._admit(each)
-        with self.told.progress(each.name()) as progress:
-            entry = self.store.get_or_build(key, lambda folder: self._run(each, index, folder, progress))
+        model, entry = self._made(each, index, before.model, before.key, each.name())
+        examined = self.examiner.examine(each.name(), model, entry.key, self.exams.search)
         meta = entry.meta
-        model = Model(Stage(**meta["stage"]), entry.folder, before.model.assets, meta["config"])
-        examined = self.examiner.examine(each.name(), model, key, self.exams.search)
         step = Step(
             name=each.name(),
             bytes=weights_bytes(model),
@@ -260,7 +261,16 @@ class _Chain:
             pass_peak_bytes=meta.get("peak_bytes", 0),
             **examined.cost(),
         )
-        return _Point(model, key, step, each, examined)
+        return _Point(model, entry.key, step, each, examined)
+
+    def _made(self, each: Pass, index: int, before: Model, key: str, what: str) -> tuple[Model, Entry]:
+        """Take a model, named by its key, through a pass, or find in the store what an earlier run made of it."""
+        shown = _hashes(self._calibration(each, index))
+        key = fingerprint([key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
+        self._admit(each)
+        with self.told.progress(what) as progress:
+            entry = self.store.get_or_build(key, lambda folder: self._run(each, index, before, folder, progress))
+        return Model(Stage(**entry.meta["stage"]), entry.folder, before.assets, entry.meta["config"]), entry
 
     def _unchanged(self, index: int, note: str) -> _Point:
         """Leave a pass out."""
@@ -269,14 +279,13 @@ class _Chain:
         step = Step(name, size, before.step.scores, before.step.gates, {}, note, is_skipped=True, rung=rung)
         return replace(before, step=step, taken=None)
 
-    def _run(self, each: Pass, index: int, folder: Path, progress: Any) -> Mapping[str, Any]:
+    def _run(self, each: Pass, index: int, before: Model, folder: Path, progress: Any) -> Mapping[str, Any]:
         """Run one pass into `folder`; return what the store is to remember of it."""
         import torch
 
         torch.set_num_threads(self.threads)
         _give_back_freed_memory()
         torch.manual_seed(SEED)
-        before = self.path[-1].model
         context = self._context(folder, progress, self._calibration(each, index))
         is_new = not any(folder.iterdir())
         root, name = self.store.root, each.name()
@@ -367,6 +376,33 @@ class _Chain:
             self.ledger[name] = opened(self.store.root, name, judging, point.key, self.recipe.gate.alpha)
         return certified
 
+    def _speeds(self) -> tuple[tuple[SpeedVerdict, ...], Timing | None]:
+        """Measure the last model's speed on this machine, and the reference artifact's where a budget asks for it."""
+        gate, config = self.recipe.gate, self.source.model.config
+        if not gate.speeds:
+            return (), None
+        graphs = {"candidate": self.path[-1].model.folder / GRAPH}
+        if any(limit.is_ratio for limit in gate.speeds):
+            graphs["reference"] = self._reference().folder / GRAPH
+        setup = Setup(kind_of(config), vocabulary_size(config), gate.workload, self.threads)
+        fail_alpha = gate.fail_alpha or gate.alpha / len(gate.speeds)
+        with self.told.progress("measuring speed") as progress:
+            return measure(gate.speeds, graphs, setup, alpha=gate.alpha, fail_alpha=fail_alpha, progress=progress)
+
+    def _reference(self) -> Model:
+        """Return the source lowered by this chain's passes but those that change its weights."""
+        model, key = self.path[0].model, self.path[0].key
+        for index, each in enumerate(self.recipe.passes):
+            if not changes_weights(type(each)):
+                try:
+                    model, entry = self._made(each, index, model, key, f"reference: {each.name()}")
+                    key = entry.key
+                except PassError as refusal:
+                    if each.reads != each.writes:
+                        raise
+                    self.told.line(f"the reference artifact goes without {each.name()}: {refusal}")
+        return model
+
     def _ended(self, size: SizeVerdict | None, certified: tuple[Judged, ...], stopped_after: str | None) -> Run:
         return Run(
             name=self.recipe.name,
@@ -412,6 +448,14 @@ def _require_sizes(model: Model) -> None:
         require_sizes(model.config)
     except PassError as error:
         raise CannotRun(f"{model.folder}/{error}") from error
+
+
+def _require_measurable(recipe: Recipe, source: Model) -> None:
+    """Refuse a speed that a model like this does not have, or a workload longer than its context."""
+    gate = recipe.gate
+    if gate.speeds:
+        context = context_length(source.assets, source.config)
+        require_measurable(gate.speeds, gate.workload, kind_of(source.config), context)
 
 
 def _hashes(calibration: Calibration) -> dict[str, str]:

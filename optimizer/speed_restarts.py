@@ -2,7 +2,7 @@
 
 What a machine does to all alike (its clock, its other users) meets neighbours in time; which of the two comes first is
 drawn anew for each pair. A process that waits sleeps on its input. Before each turn there is a pause: ONNX Runtime's
-threads spin on for some 50 ms after an answer, and would take a core from the other side.
+threads spin on for up to 50 ms after an answer, and would take a core from the other side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,8 @@ from runtime.threads import default_threads
 
 PAIRS = 8
 """Pairs of turns in one restart, after one that warms up."""
-REST_S = 0.1
+REST_S = 0.06
+"""Longer than threads spin."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class Worker(AbstractContextManager["Worker"]):
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Return the number of the process."""
+        return self._process.pid
+
     def __call__(self, request: Request) -> Answer:
         """Ask, after a pause that lets the process before go to sleep.
 
@@ -100,7 +106,8 @@ class Worker(AbstractContextManager["Worker"]):
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
             assert stream is not None
-            stream.close()
+            with suppress(BrokenPipeError):  # a request that a dead process never read
+                stream.close()
 
     def _receive(self) -> dict[str, Sequence[float]]:
         assert self._process.stdout is not None
@@ -117,7 +124,7 @@ class Worker(AbstractContextManager["Worker"]):
         if code == -signal.SIGKILL:
             reason = "killed, as a system does that runs out of memory; both models are loaded at once"
         else:
-            reason = said[-1] if said else f"exit code {code}"
+            reason = said[-1] if said else f"signal {-code}" if code < 0 else f"exit code {code}"
         return CannotRun(f"{self._graph}: the process that measures its speed ended: {reason}")
 
 
@@ -214,7 +221,7 @@ def require_measurable(limits: Sequence[SpeedLimit], workload: Workload, kind: s
         if limit.metric not in known:
             expected = " or ".join(known)
             raise CannotRun(f"gate.{limit.metric}: cannot be measured of a model of kind {kind}, expected {expected}")
-    if limits and workload.tokens(kind) > context:
+    if workload.tokens(kind) > context:
         what = "input_tokens + new_tokens" if kind == "decoder" else "input_tokens"
         raise CannotRun(
             f"gate.workload: got {what} of {workload.tokens(kind)}, expected at most {context}, the model's context"

@@ -5,7 +5,7 @@
 
 A program sends one JSON object per line and gets one back, so that two processes can take turns on one machine:
 
-    -> {"ids": [[1, 2, 3]], "new_tokens": 32, "at_least_s": 0.1}
+    -> {"ids": [[1, 2, 3]], "new_tokens": 32, "at_least_s": 0.05}
     <- {"first_s": [0.012], "rest_s": [0.31]}
 
 The first line out says that the graph is loaded. Token ids come from outside, and end-of-sequence tokens are ignored:
@@ -35,7 +35,7 @@ from runtime.session import DecoderSession, EncoderSession, pad_id
 DECODER_METRICS: Final = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_ms", "latency_ms")
 ENCODER_METRICS: Final = ("texts_per_s", "latency_ms")
 METRICS: Final = tuple(dict.fromkeys((*DECODER_METRICS, *ENCODER_METRICS)))
-TURN_S: Final = 0.1
+TURN_S: Final = 0.05
 """A request is repeated for so long: a few milliseconds alone say more about a cold cache than about a model."""
 
 

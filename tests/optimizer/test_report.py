@@ -192,10 +192,13 @@ def test_line_of_a_time_says_at_most_and_an_absolute_one_has_no_reference() -> N
     time = replace(FASTER, metric="latency_ms", is_ratio=False, limit=20.0, reference=None, estimate=12.34)
     time = replace(time, lower=11.92, upper=20.04, outcome="inconclusive")
     assert speed_text(time) == "latency_ms 12.34 [11.92, 20.04] of at most 20.00: INCONCLUSIVE"
+    rate = replace(time, metric="texts_per_s", limit=900.0, estimate=1234.5, lower=1200.1, upper=1300.9)
+    assert speed_text(rate) == "texts_per_s 1,234 [1,200, 1,301] of at least 900: INCONCLUSIVE"
 
 
 def test_speed_near_its_budget_has_the_digits_that_show_the_side() -> None:
     assert "x1.4020 [1.3999, 1.5480] of at least x1.4000" in speed_text(replace(FASTER, estimate=1.402, lower=1.3999))
+    assert "x1.502 [1.461, 1.548] of at least x0.001" in speed_text(replace(FASTER, limit=0.001))
 
 
 def test_end_tells_speeds_their_conditions_and_why_one_did_not_pass() -> None:

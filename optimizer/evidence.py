@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .scores import Scores
-from .statistics import clusters, macro_f1, paired, rate, ratio, spearman
+from .statistics import clusters, macro_f1, paired, rate, ratio, records, spearman
 from .statistics.clusters import Array
+from .statistics.records import Score
 
 Warnings: TypeAlias = tuple[tuple[str, str], ...]  # (flag for programs, words for people)
 
@@ -26,7 +27,7 @@ _SKEWED_GROUPS = 200
 _BCA_ITEMS = 500
 _BCA_CLASS_ITEMS = 5
 _BCA_CHANGES = 20
-_BCA = ("f1", "spearman")
+_MEANS = ("perplexity", "nats_per_byte", "flips", "kl")
 _LEAST_LEVEL = 0.005
 _POWER = 0.8
 _LARGEST_LOG = 700.0  # exp of it is still a finite float
@@ -46,6 +47,7 @@ class Question:
     fail_alpha: float
     chance: float | None = None
     over_all: tuple[float, float] | None = None
+    compute: Score | None = None
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -105,14 +107,14 @@ def skip_words(question: Question, most: int) -> str:
         return ""
     if question.n < most / 2 or question.alpha < _LEAST_LEVEL:
         return f"only exact tests look so early: half of the items and a level of {_LEAST_LEVEL} needed"
-    if question.source.metric in _BCA and question.n < _BCA_ITEMS:
+    if question.source.metric not in _MEANS and question.n < _BCA_ITEMS:
         return f"{question.n} items; {_BCA_ITEMS} needed"
     return ""
 
 
 def compare(question: Question) -> Evidence:
     """Bound the loss that the items show."""
-    return _COMPARE[question.source.metric](question)
+    return _COMPARE.get(question.source.metric, _compare_records)(question)
 
 
 def _compare_accuracy(question: Question) -> Evidence:
@@ -321,6 +323,49 @@ def _correlated_items_needed(
         return max(least, math.ceil(-math.log(question.planned) * most / question.limit))
     deviation = (upper - loss) / float(ndtri(1 - question.alpha)) * math.sqrt(question.n)
     return max(least, _units_needed(deviation, question.limit, loss, question.planned))
+
+
+def _compare_records(question: Question) -> Evidence:
+    """Compare a score of the user's by BCa, or by the worst that the changed answers tried could cost when few did."""
+    if question.compute is None:
+        raise ValueError(f"gate: nothing scores {question.source.metric!r}, expected a budget with `compute`")
+    reference = question.pair("reference")[0].astype(np.int64)
+    before, after = (values.astype(np.int64) for values in question.pair("answer"))
+    answered = records.Records(reference, before, after, question.source.groups, question.compute)
+    changed, direction = int(np.sum(before != after)), answered.direction()
+    has_few_changes = changed < _BCA_CHANGES
+    interval = records.few_changes_interval if has_few_changes else records.interval
+    lower, upper = interval(answered, question.alpha, question.fail_alpha) if direction else (-math.inf, math.inf)
+    loss = direction * (question.compute(before, reference) - question.compute(after, reference))
+    words = f"only {changed} answers changed, {_BCA_CHANGES} needed for BCa: bounded by the worst of some changes"
+    return Evidence(
+        difference=loss,
+        lower=lower,
+        upper=upper,
+        n_effective=_effective_groups(question),
+        items_needed=_records_needed(question, loss, lower, upper, has_few_changes),
+        refusal=_records_refusal(question, direction, has_few_changes),
+        warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question),
+        spread=_deviation(question, lower, upper),
+    )
+
+
+def _records_needed(question: Question, loss: float, lower: float, upper: float, has_few_changes: bool) -> int | None:
+    """Count the items that would decide, by the width of the interval seen."""
+    if not math.isfinite(lower + upper):
+        return None
+    least = max(_BCA_ITEMS, question.n + 1)
+    if has_few_changes:
+        return max(least, math.ceil(question.n * upper / question.limit))
+    return max(least, _units_needed(_deviation(question, lower, upper), question.limit, loss, question.planned))
+
+
+def _records_refusal(question: Question, direction: int, has_few_changes: bool) -> str:
+    if not direction:
+        return "right answers score neither more nor less than these of both models: nothing says which is better"
+    if question.n < _BCA_ITEMS and not has_few_changes:
+        return f"{question.n} items; {_BCA_ITEMS} needed for {question.source.metric}: gate accuracy instead"
+    return _too_few_groups(question)
 
 
 def _deviation(question: Question, lower: float, upper: float) -> float:

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare, skip_words
 from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
+from .statistics.records import Score
 from .statistics.sequential import INFLATION, Spending, looks
 
 __all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Spending", "Verdict", "judge", "looks", "require_judgeable"]
@@ -40,12 +41,15 @@ class Budget:
             share of positions; kl: nats per token; nats_per_byte: nats. Above 0: no sample can show a loss of nothing.
         relative: accuracy, f1, spearman and nats_per_byte only: `limit` is a share of the source's own score.
         score: which of a task's scores it judges, where that has another name than its metric.
+        compute: what scores answers and references, both label indices [n], where the metric is none of these; its
+            limit is in its own unit, and the loss a drop or a rise, whichever is worse.
     """
 
     metric: str
     limit: float
     relative: bool = False
     score: str = ""
+    compute: Score | None = None
 
     @property
     def judges(self) -> str:
@@ -53,8 +57,10 @@ class Budget:
         return self.score or self.metric
 
     def __post_init__(self) -> None:
-        if self.metric not in ARRAYS:
+        if self.metric not in ARRAYS and self.compute is None:
             raise ValueError(f"budget: unknown metric, got {self.metric!r}, expected one of {', '.join(ARRAYS)}")
+        if self.metric in ARRAYS and self.compute is not None:
+            raise ValueError(f"budget: {self.metric!r} is the name of a metric that is known; call yours differently")
         if not (self.limit > 0 and math.isfinite(self.limit)) or (self.metric in _SHARES and self.limit >= 1):
             expected = "above 0 and below 1" if self.metric in _SHARES else "above 0 and finite"
             raise ValueError(f"budget of {self.metric}: limit out of range, got {self.limit}, expected {expected}")
@@ -73,7 +79,7 @@ class Verdict:
         candidate: the candidate's score.
         difference: the loss, positive where the candidate is worse. perplexity: relative increase; accuracy, f1 and
             spearman: drop as a fraction, also when the budget was relative; flips: share of positions; kl: nats per
-            token; nats_per_byte: nats.
+            token; nats_per_byte: nats; others: in their unit.
         lower: one-sided bound of the loss at the level of the fail claim.
         upper: one-sided bound of the loss at level `alpha`.
         limit: the budget in the same unit as the difference.
@@ -155,7 +161,7 @@ def judge(
         raise ValueError(f"gate: level out of range, got {levels}, expected above 0 and below 0.5")
     look = spending or Spending(len(source.groups))
     pass_level, fail_level = (look.level(level, len(source.groups)) for level in levels)
-    question = Question(source, candidate, limit, pass_level, fail_level, chance, levels)
+    question = Question(source, candidate, limit, pass_level, fail_level, chance, levels, budget.compute)
     broken = not_finite("source", source) or not_finite("candidate", candidate)
     if broken:
         return _verdict(question, _NOTHING, "fail", broken, ((NOT_A_NUMBER, ""),))

@@ -301,7 +301,7 @@ def _why_none(run: Run) -> str:
 
 def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
     """Return losses and then the budget, in the budget's unit."""
-    if metric in ("kl", "nats_per_byte"):
+    if metric not in _UNITS:
         return told_apart(values, limit, 4)
     spec = "" if metric == "flips" else "+"
     return told_apart([100 * value for value in values], 100 * limit, 2, spec)

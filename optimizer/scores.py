@@ -19,6 +19,7 @@ ARRAYS = {
     "flips": ("flips", "tokens"),
     "kl": ("kl", "tokens"),
 }
+RECORDS = ("reference", "answer")  # what any other score is made of, where something scores them
 AGAINST_SOURCE = ("flips", "kl")  # already a comparison: only the candidate has per-item values
 _SAME_IN_BOTH = ("tokens", "bytes", "reference")
 
@@ -29,7 +30,8 @@ class Scores:
 
     Attributes:
         metric: what kind of score it is: "perplexity", "nats_per_byte", "accuracy" (share of right items, whatever is
-            right), "f1" (macro), "spearman", "flips" or "kl". Any other is reported, and no gate can judge it.
+            right), "f1" (macro), "spearman", "flips" or "kl". Any other is reported, and a gate can judge it only with
+            what scores its `reference` and `answer` (label indices).
         items: SHA-256 over the items; only scores of the same items can be compared.
         groups: document, passage or template of each item; unique strings when the items stand alone.
         values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); nats_per_byte: `nll`, `bytes`
@@ -44,6 +46,11 @@ class Scores:
     groups: tuple[str, ...]
     values: Mapping[str, NDArray[Any]]
     point: float
+
+
+def arrays_of(metric: str) -> tuple[str, ...]:
+    """Return the names of the arrays that a gate needs of a metric."""
+    return ARRAYS.get(metric, RECORDS)
 
 
 def check(source: Scores, candidate: Scores, metric: str) -> None:
@@ -70,13 +77,13 @@ def check(source: Scores, candidate: Scores, metric: str) -> None:
 
 def _check_arrays(where: str, side: str, scores: Scores) -> None:
     expected = (len(scores.groups),)
-    for name in ARRAYS[scores.metric]:
+    for name in arrays_of(scores.metric):
         if name not in scores.values:
             raise ValueError(f"{where}: the {side} has no {name!r}, got {', '.join(scores.values) or 'nothing'}")
         shape = np.shape(scores.values[name])
         if shape != expected:
             raise ValueError(f"{where}: {name!r} of the {side} has shape {shape}, expected {expected}: one per item")
-    for name in {"tokens", "bytes"}.intersection(ARRAYS[scores.metric]):
+    for name in {"tokens", "bytes"}.intersection(arrays_of(scores.metric)):
         counts = np.asarray(scores.values[name])
         if np.any(counts < 0) or not np.any(counts > 0):
             raise ValueError(f"{where}: {name!r} of the {side} must be counts with at least one above 0")
@@ -84,7 +91,7 @@ def _check_arrays(where: str, side: str, scores: Scores) -> None:
 
 def _check_same(where: str, source: Scores, candidate: Scores) -> None:
     for name in _SAME_IN_BOTH:
-        if name in ARRAYS[source.metric]:
+        if name in arrays_of(source.metric):
             differs = np.flatnonzero(np.asarray(source.values[name]) != np.asarray(candidate.values[name]))
             if len(differs):
                 raise ValueError(f"{where}: {name!r} differs between source and candidate, first at item {differs[0]}")
@@ -92,7 +99,7 @@ def _check_same(where: str, source: Scores, candidate: Scores) -> None:
 
 def not_finite(side: str, scores: Scores) -> str:
     """Name the items whose values are nan or infinite; empty when there are none."""
-    for name in ARRAYS[scores.metric]:
+    for name in arrays_of(scores.metric):
         if name not in scores.values:
             continue
         bad = np.flatnonzero(~np.isfinite(np.asarray(scores.values[name], np.float64)))

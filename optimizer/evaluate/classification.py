@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -39,11 +40,8 @@ class ClassificationBudget:
         """Return the gate's budgets, one per metric."""
         from optimizer.gate import Budget
 
-        if task.metric not in SHIPPED_METRICS:
-            raise ValueError(
-                f"no interval is known for {task.metric!r}; leave it out of the gate, its score is reported"
-            )
-        return (Budget(task.metric, self.max_drop.value, relative=self.max_drop.relative),)
+        compute = None if task.metric in SHIPPED_METRICS else task.compute
+        return (Budget(Path(task.metric).stem, self.max_drop.value, self.max_drop.relative, compute=compute),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,10 @@ class Classification:
         from optimizer.evaluate.metrics import load_metric
 
         return load_metric(self.metric, trust=self.trust_metric_code)
+
+    def compute(self, answers: NDArray[np.int64], references: NDArray[np.int64]) -> float:
+        """Return the metric's score of class indices [n]; the module is loaded when it is first needed."""
+        return self.module.compute(answers, references)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the fields and, for a metric module that is not shipped, the sha256 of its file."""

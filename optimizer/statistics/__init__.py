@@ -7,6 +7,7 @@
     bca.py        a score that is no mean of its items, whatever it is
     macro_f1.py   one of them: F1 over classes
     spearman.py   another: the order of similarities
+    records.py    any other, of which nothing is known but its value
     sequential.py levels of several looks at a growing sample
     power.py      how likely a gate is to decide, looks included, and with how many items
 

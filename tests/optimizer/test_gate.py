@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 
 from optimizer.evidence import Evidence, Question
 from optimizer.gate import Budget, Scores, Spending, Verdict, _decide, judge, looks, require_judgeable
+from optimizer.statistics.macro_f1 import Labels, macro_f1
+from optimizer.statistics.records import Score
 from optimizer.statistics.spearman import spearman
 
 POINT = Budget("accuracy", 0.01)
@@ -408,6 +410,122 @@ def test_a_relative_f1_budget_is_a_share_of_the_sources_f1() -> None:
     source, candidate = labelled(2000, 7, 25)
     verdict = judge(replace(source, point=0.5), candidate, Budget("f1", 0.06, relative=True))
     assert verdict.limit == pytest.approx(0.03)
+
+
+# Scores of the user's
+
+
+def share_right(answers: Labels, references: Labels) -> float:
+    return float(np.mean(answers == references))
+
+
+def share_wrong(answers: Labels, references: Labels) -> float:
+    return 1 - share_right(answers, references)
+
+
+def kappa(answers: Labels, references: Labels) -> float:
+    chance = sum(np.mean(answers == label) * np.mean(references == label) for label in np.unique(references))
+    return float((share_right(answers, references) - chance) / (1 - chance))
+
+
+def named(sample: tuple[Scores, Scores], compute: Score) -> tuple[Scores, Scores]:
+    source, candidate = (
+        replace(each, metric="mine", point=compute(each.values["answer"], each.values["reference"])) for each in sample
+    )
+    return source, candidate
+
+
+def mine(compute: Score, limit: float = 0.03) -> Budget:
+    return Budget("mine", limit, compute=compute)
+
+
+@pytest.mark.parametrize("compute", [share_right, share_wrong])
+@pytest.mark.parametrize(("spoilt", "outcome"), [(25, "pass"), (60, "inconclusive"), (120, "fail")])
+def test_any_score_is_judged_on_the_whole_record_whether_more_or_less_is_better(
+    compute: Score, spoilt: int, outcome: str
+) -> None:
+    verdict = judge(*named(labelled(2000, 4, spoilt), compute), mine(compute))
+    assert (verdict.outcome, verdict.difference) == (outcome, pytest.approx(spoilt / 2000))
+    if outcome == "inconclusive":
+        assert verdict.items_needed is not None
+        # A mean of its items: the interval of accuracy, up to the noise of 1999 resamples.
+    exact = judge(*right_and_wrong(2000, spoilt, 0), Budget("accuracy", 0.03))
+    assert (verdict.lower, verdict.upper) == pytest.approx((exact.lower, exact.upper), abs=0.0015)
+
+
+def test_a_score_of_the_users_agrees_with_the_shipped_one() -> None:
+    sample = labelled(2000, 7, 70)
+    compute = lambda answers, references: macro_f1(references, answers)  # noqa: E731
+    found, shipped = judge(*named(sample, compute), mine(compute)), judge(*sample, Budget("f1", 0.03))
+    assert (found.difference, found.outcome) == (pytest.approx(shipped.difference), shipped.outcome)
+    assert (found.lower, found.upper) == pytest.approx((shipped.lower, shipped.upper), abs=1e-4)
+
+
+def test_items_of_one_group_are_resampled_together() -> None:
+    source, candidate = named(labelled(1000, 4, 50), share_right)
+    paragraphs = tuple(str(item // 10) for item in range(1000))
+    source, candidate = (replace(each, groups=paragraphs) for each in (source, candidate))
+    clustered = np.where(np.arange(1000) // 10 % 10 == 0, 0, source.values["reference"])  # whole paragraphs go wrong
+    worse = replace(candidate, values={**candidate.values, "answer": clustered})
+    alone = replace(worse, groups=source.groups[:0] + tuple(map(str, range(1000))))
+    together = judge(source, worse, mine(share_right))
+    apart = judge(replace(source, groups=alone.groups), alone, mine(share_right))
+    assert together.upper - together.difference > 1.5 * (apart.upper - apart.difference)
+    assert (together.n_effective, apart.n_effective) == (100, 1000)
+
+
+def test_an_unchanged_record_passes_where_so_few_changes_could_not_hide_the_loss() -> None:
+    for compute in (share_right, share_wrong):
+        verdict = judge(*named(labelled(600, 4, 0), compute), mine(compute, 0.01))
+        assert (verdict.outcome, verdict.flags) == ("pass", ("few changes",))
+        assert verdict.upper == pytest.approx(math.ceil(600 * (1 - 0.05 ** (1 / 600))) / 600)  # 3 of 600
+        assert judge(*named(labelled(290, 4, 0), compute), mine(compute, 0.01)).outcome == "inconclusive"
+
+
+def test_few_changes_of_a_score_of_the_users_cost_what_the_worst_would() -> None:
+    found = judge(*named(labelled(1000, 4, 12), kappa), mine(kappa))
+    shipped = judge(*labelled(1000, 4, 12), Budget("f1", 0.03))
+    assert found.outcome == "pass"
+    assert found.upper == pytest.approx(4 / 3 * shipped.upper, rel=0.1)  # kappa counts an error of 4 classes 4/3
+
+
+def test_a_score_of_the_users_needs_five_hundred_items() -> None:
+    verdict = judge(*named(labelled(490, 4, 25), kappa), mine(kappa, 0.5))
+    assert (verdict.outcome, verdict.reason) == (
+        "inconclusive",
+        "490 items; 500 needed for mine: gate accuracy instead",
+    )
+
+
+def test_a_score_that_right_answers_do_not_lead_decides_nothing() -> None:
+    share_of_zero = lambda answers, references: float(np.mean(answers == 0))  # noqa: E731
+    source, candidate = labelled(600, 4, 0)
+    more, fewer = np.zeros(600, int), np.ones(600, int)
+    source, candidate = (
+        replace(each, values={**each.values, "answer": answers})
+        for each, answers in ((source, more), (candidate, fewer))
+    )
+    verdict = judge(*named((source, candidate), share_of_zero), mine(share_of_zero, 0.5))
+    assert verdict.outcome == "inconclusive"
+    assert "nothing says which is better" in verdict.reason
+
+
+def test_a_score_that_is_no_number_on_some_resample_never_passes() -> None:
+    fragile = lambda answers, references: math.nan if np.mean(references == 0) > 0.27 else 1.0  # noqa: E731
+    verdict = judge(*named(labelled(1000, 4, 30), fragile), mine(fragile, 0.5))
+    assert verdict.outcome != "pass"
+    broken = lambda answers, references: (  # noqa: E731
+        math.nan if np.mean(references == 0) > 0.27 else share_right(answers, references)
+    )
+    verdict = judge(*named(labelled(1000, 4, 30), broken), mine(broken, 0.5))
+    assert (verdict.outcome, verdict.flags) == ("fail", ("not a number",))
+
+
+def test_a_known_metric_takes_no_other_score_and_an_unknown_one_needs_one() -> None:
+    with pytest.raises(ValueError, match="'f1' is the name of a metric that is known; call yours differently"):
+        Budget("f1", 0.01, compute=share_right)
+    with pytest.raises(ValueError, match="unknown metric, got 'mine'"):
+        Budget("mine", 0.01)
 
 
 # Levels

@@ -308,8 +308,10 @@ def test_metric_module_is_refused_until_it_is_trusted(folder: Path) -> None:
     text = text.replace("{max_increase: 1%}", "{max_drop: 1pt}")
     assert "7:17: evaluate.ppl.metric: got 'my/metric.py'" in mistakes(text, folder)[0]
     trusted = text.replace("metric:", "trust_metric_code: true, metric:")
-    assert "no interval is known for 'my/metric.py'" in mistakes(trusted, folder)[0]
-    assert read(trusted.replace("  ppl: {max_drop: 1pt}\n", ""), folder)
+    (budget,) = read(trusted, folder).limits("ppl")  # the module itself is loaded when it scores
+    assert (budget.metric, budget.limit, budget.compute is not None) == ("metric", 0.01, True)
+    known = trusted.replace("my/metric.py", "my/spearman.py")
+    assert "'spearman' is the name of a metric that is known" in mistakes(known, folder)[0]
 
 
 def test_points_and_per_cent_are_different_drops(folder: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.errors import CannotRun
+from optimizer.scores import ARRAYS
 
 SHIPPED = ("accuracy", "f1")
 
@@ -39,10 +40,13 @@ class Metric:
         """Return the score of class indices [n] against the right ones [n].
 
         Raises:
-            CannotRun: the metric returns several numbers, none of them under its own name, or no number.
+            CannotRun: the metric fails, returns several numbers, none of them under its own name, or no number.
         """
         # `Metric.compute` would write both arrays to an Arrow file first: 7.7 ms a call against 0.01 ms.
-        scores = self.score(predictions=answers, references=references)
+        try:
+            scores = self.score(predictions=answers, references=references)
+        except Exception as error:  # the user's code, on thousands of resamples
+            raise CannotRun(f"metric {self.name}: {type(error).__name__}: {error}") from None
         value = next(iter(scores.values())) if len(scores) == 1 else scores.get(self.name)
         if not isinstance(value, int | float | np.number):
             got = ", ".join(map(str, scores)) or "nothing"
@@ -67,6 +71,8 @@ def load_metric(name: str, *, trust: bool = False) -> Metric:
             f"metric {name!r}: is neither shipped ({', '.join(SHIPPED)}) nor a file; the Hub's metrics are remote code "
             "and are never fetched: save the module to a file and give its path"
         )
+    if not is_shipped and path.stem in ARRAYS:
+        raise CannotRun(f"metric {name}: is named like a score that is known; call the file differently")
     if not is_shipped and not trust:
         raise CannotRun(f"metric {name}: is code that is not shipped; read it, then set `trust_metric_code: true`")
     code = path.read_bytes()

@@ -4,10 +4,14 @@ import hashlib
 
 import numpy as np
 import pytest
+from scoring_fakes import FakeScorer, labelled, one_hot
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.classification import SHIPPED_METRICS, Classification
+from optimizer.evaluate.classification import SHIPPED_METRICS, Classification, ClassificationBudget
 from optimizer.evaluate.metrics import SHIPPED, load_metric
+from optimizer.evaluate.run import evaluate
+from optimizer.gate import judge
+from optimizer.quantities import Drop
 
 MODULE = """
 import datasets
@@ -76,6 +80,36 @@ def test_several_numbers_need_one_under_the_metrics_own_name(module):
     assert metric.compute(np.array([0]), np.array([0])) == 0.5
     with pytest.raises(CannotRun, match="got the scores one, two, expected one number named 'wrong'"):
         load_metric(str(module('{"one": 1, "two": 2}')), trust=True).compute(np.array([0]), np.array([0]))
+
+
+def test_a_metric_that_fails_is_one_line(module):
+    metric = load_metric(str(module("1 / 0")), trust=True)
+    with pytest.raises(CannotRun, match=r"metric wrong: ZeroDivisionError: division by zero"):
+        metric.compute(np.array([0]), np.array([0]))
+
+
+def test_a_file_named_like_a_known_score_is_refused(tmp_path):
+    path = tmp_path / "f1.py"
+    path.write_text(MODULE)
+    with pytest.raises(CannotRun, match="named like a score that is known; call the file differently"):
+        load_metric(str(path), trust=True)
+
+
+def test_a_metric_of_the_users_is_judged_by_resampling(module):
+    task = Classification(data="d", metric=str(module()), trust_metric_code=True)
+    right = [number % 3 for number in range(1000)]
+    worse = [(label + (number % 25 == 0)) % 3 for number, label in enumerate(right)]
+    source, candidate = (
+        evaluate({"it": task}, {"it": labelled(*right)}, FakeScorer(one_hot(answers, 3), "classifier"))["it"].scores[
+            "wrong"
+        ]
+        for answers in (right, worse)
+    )
+    (budget,) = ClassificationBudget(max_drop=Drop.parse("6pt")).limits(task)
+    verdict = judge(source, candidate, budget)
+    # Less is better here: 40 more answers are wrong.
+    assert (verdict.outcome, verdict.difference) == ("pass", pytest.approx(0.04))
+    assert judge(candidate, source, budget).difference == pytest.approx(-0.04)
 
 
 @pytest.mark.parametrize("code", ["1 / 0", "import evaluate", "def broken("])

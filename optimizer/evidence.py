@@ -21,6 +21,7 @@ FEW_CHANGES = "few changes"
 FEW_GROUPS = "few groups"
 NEAR_CHANCE = "near chance"
 SKEWED = "skewed"
+TRUNCATED = "truncated"
 
 _ADVISED_GROUPS = 100
 _SKEWED_GROUPS = 200
@@ -48,6 +49,7 @@ class Question:
     chance: float | None = None
     over_all: tuple[float, float] | None = None
     compute: Score | None = None
+    self_noise: float = 0.0
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -143,7 +145,7 @@ def _compare_accuracy(question: Question) -> Evidence:
         n_effective=effective,
         items_needed=math.ceil(max(needed, effective + 1) * effect),
         refusal=_too_few_groups(question),
-        warnings=_few_groups(question) + _near_chance(question, before),
+        warnings=_few_groups(question) + _near_chance(question, before) + _cut_short(question),
         undecided=too_few if effective < floor else "",
         mcnemar_p=None if question.is_grouped else paired.mcnemar_p(lost, gained),
         spread=(lost + gained) / n,
@@ -443,6 +445,15 @@ def _near_chance(question: Question, correct: NDArray[np.bool_]) -> Warnings:
     if lower > question.chance + 2 * question.limit:
         return ()
     return ((NEAR_CHANCE, f"the source is hardly above chance ({question.chance:.3f}): this gate protects nothing"),)
+
+
+def _cut_short(question: Question) -> Warnings:
+    """Warn when more of the candidate's answers than of the source's were still going on at `max_tokens`."""
+    before, after = (int(np.sum(side.values.get("truncated", 0))) for side in (question.source, question.candidate))
+    if after <= before:
+        return ()
+    words = f"{after} answers were cut at max_tokens, {before} of the source's: cut ones count as wrong"
+    return ((TRUNCATED, words),)
 
 
 _COMPARE: Mapping[str, Callable[[Question], Evidence]] = {

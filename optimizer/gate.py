@@ -13,18 +13,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from .evidence import FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, SKEWED, Evidence, Question, Warnings, compare, skip_words
-from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, not_finite
+from .evidence import (
+    FEW_CHANGES,
+    FEW_GROUPS,
+    NEAR_CHANCE,
+    SKEWED,
+    TRUNCATED,
+    Evidence,
+    Question,
+    Warnings,
+    compare,
+    skip_words,
+)
+from .scores import AGAINST_SOURCE, ARRAYS, Scores, check, noise, not_finite
 from .statistics.records import Score
 from .statistics.sequential import INFLATION, Spending, looks
 
-__all__ = ["FLAGS", "Budget", "Outcome", "Scores", "Spending", "Verdict", "judge", "looks", "require_judgeable"]
+__all__ = [
+    "FLAGS",
+    "Budget",
+    "Outcome",
+    "Scores",
+    "Spending",
+    "Verdict",
+    "judge",
+    "looks",
+    "noise",
+    "require_judgeable",
+]
 
 Outcome: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
 ANOMALOUS = "anomalous"
 NOT_A_NUMBER = "not a number"
-FLAGS = (ANOMALOUS, FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, NOT_A_NUMBER, SKEWED)
+NOISY = "noisy"
+FLAGS = (ANOMALOUS, FEW_CHANGES, FEW_GROUPS, NEAR_CHANCE, NOISY, NOT_A_NUMBER, SKEWED, TRUNCATED)
 
 _SHARES = ("accuracy", "f1", "spearman", "flips")
 _ANOMALY_LEVEL = 0.001
@@ -138,6 +161,7 @@ def judge(
     fail_alpha: float | None = None,
     chance: float | None = None,
     spending: Spending | None = None,
+    self_noise: float = 0.0,
 ) -> Verdict:
     """Decide whether `candidate` is shown to stay within `budget` of `source`.
 
@@ -150,6 +174,8 @@ def judge(
         chance: accuracy only: share of the most frequent label. A source hardly above it is flagged.
         spending: where the items are the first of more to come: what this look may spend of both levels. A look that
             could not decide is skipped: it spends nothing, and is inconclusive whatever its interval.
+        self_noise: `noise` of the source: share of the items that it scores differently when asked again. Flagged; in
+            the interval anyway, for it is part of what differs.
 
     Raises:
         ValueError: the scores are not of the same items, or not of the budget's metric.
@@ -161,7 +187,7 @@ def judge(
         raise ValueError(f"gate: level out of range, got {levels}, expected above 0 and below 0.5")
     look = spending or Spending(len(source.groups))
     pass_level, fail_level = (look.level(level, len(source.groups)) for level in levels)
-    question = Question(source, candidate, limit, pass_level, fail_level, chance, levels, budget.compute)
+    question = Question(source, candidate, limit, pass_level, fail_level, chance, levels, budget.compute, self_noise)
     broken = not_finite("source", source) or not_finite("candidate", candidate)
     if broken:
         return _verdict(question, _NOTHING, "fail", broken, ((NOT_A_NUMBER, ""),))
@@ -246,6 +272,9 @@ def _warnings(question: Question, evidence: Evidence) -> Warnings:
     warnings = evidence.warnings
     if math.isnan(evidence.lower + evidence.upper):
         warnings += ((NOT_A_NUMBER, ""),)
+    if question.self_noise > 0:
+        words = f"the source itself scores {100 * question.self_noise:.2g} % of the items differently when asked again"
+        warnings += ((NOISY, words),)
     if _is_anomalous(question, evidence):
         warnings += ((ANOMALOUS, "the gain is larger than the budget: check that both models answered the same task"),)
     return warnings

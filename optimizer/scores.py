@@ -35,7 +35,8 @@ class Scores:
         items: SHA-256 over the items; only scores of the same items can be compared.
         groups: document, passage or template of each item; unique strings when the items stand alone.
         values: per-item arrays [n]. perplexity: `nll` (summed nats), `tokens` (scored); nats_per_byte: `nll`, `bytes`
-            (of the scored text in UTF-8); accuracy: `correct` (bool); f1: `reference`, `answer` (label indices);
+            (of the scored text in UTF-8); accuracy: `correct` (bool), of generated answers `truncated`
+            (bool); f1: `reference`, `answer` (label indices);
             spearman: `reference`, `answer` (similarities); flips: `flips` (positions whose top-1 differs from the
             source's), `tokens` (positions); kl: `kl` (summed nats of KL(source || candidate)), `tokens`.
         point: the score as a person reads it.
@@ -95,6 +96,25 @@ def _check_same(where: str, source: Scores, candidate: Scores) -> None:
             differs = np.flatnonzero(np.asarray(source.values[name]) != np.asarray(candidate.values[name]))
             if len(differs):
                 raise ValueError(f"{where}: {name!r} differs between source and candidate, first at item {differs[0]}")
+
+
+def noise(first: Scores, second: Scores) -> float:
+    """Return the share of items that a model, asked twice, does not score alike: 0 unless something is random.
+
+    Rounding, a millionth of the value, is no difference; nan is like nan. Of flips and kl the second is against the
+    first.
+
+    Raises:
+        ValueError: the scores are not of the same items or metric.
+    """
+    check(first, second, first.metric)
+    differs = np.zeros(len(first.groups), bool)
+    for name in arrays_of(first.metric):
+        if name in first.values:
+            one, other = (np.asarray(side.values[name]) for side in (first, second))
+            rounding = 1e-6 if one.dtype.kind == "f" else 0.0
+            differs |= ~np.isclose(one, other, rtol=rounding, atol=0, equal_nan=True)
+    return float(differs.mean())
 
 
 def not_finite(side: str, scores: Scores) -> str:

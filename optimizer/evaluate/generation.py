@@ -275,7 +275,8 @@ class GenerationInquiry:
         is_finite = np.array([answer.is_finite for answer in answers])
         correct: NDArray[Any] = is_right if is_finite.all() else np.where(is_finite, is_right, np.nan)
         # As bytes: the arrays of a result hold no objects.
-        values = {"correct": correct, "answer": np.array([text.encode() for text in texts], dtype=np.bytes_)}
+        encoded = np.array([text.encode() for text in texts], dtype=np.bytes_)
+        values = {"correct": correct, "answer": encoded, "truncated": is_truncated}
         groups = tuple(item.group for item in self._items)
         scores = {"accuracy": Scores("accuracy", self._name, groups, values, float(np.mean(correct)))}
         is_cut = np.array([item.is_cut for item in self._items])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from optimizer.evidence import Evidence, Question
-from optimizer.gate import Budget, Scores, Spending, Verdict, _decide, judge, looks, require_judgeable
+from optimizer.gate import Budget, Scores, Spending, Verdict, _decide, judge, looks, noise, require_judgeable
 from optimizer.statistics.macro_f1 import Labels, macro_f1
 from optimizer.statistics.records import Score
 from optimizer.statistics.spearman import spearman
@@ -55,7 +55,7 @@ def perplexities(
     )
 
 
-def noise(count: int, deviation: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+def wiggle(count: int, deviation: float) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Symmetric values of mean 0 and the given standard deviation."""
     values = np.sin(2.4 * np.arange(count))
     centred = values - values.mean()
@@ -184,7 +184,7 @@ def test_a_source_near_chance_is_flagged_when_the_label_share_is_known() -> None
 
 @pytest.mark.parametrize(("increase", "outcome"), [(0.001, "pass"), (0.0097, "inconclusive"), (0.03, "fail")])
 def test_perplexity_is_judged_as_a_relative_increase(increase: float, outcome: str) -> None:
-    verdict = judge(*perplexities(increase + noise(200, 0.02)), PERCENT)
+    verdict = judge(*perplexities(increase + wiggle(200, 0.02)), PERCENT)
     assert verdict.outcome == outcome
     assert verdict.difference == pytest.approx(verdict.candidate / verdict.source - 1, rel=1e-9)
     assert verdict.lower < verdict.difference < verdict.upper
@@ -192,7 +192,7 @@ def test_perplexity_is_judged_as_a_relative_increase(increase: float, outcome: s
 
 
 def test_the_perplexity_bound_is_about_1_65_standard_errors_away() -> None:
-    verdict = judge(*perplexities(noise(200, 0.02)), PERCENT)
+    verdict = judge(*perplexities(wiggle(200, 0.02)), PERCENT)
     # Equal lengths, symmetric: t with 199 degrees of freedom; 1999 resamples wobble by about 3 %.
     assert verdict.upper == pytest.approx(1.65 * 0.02 / math.sqrt(200), rel=0.08)
 
@@ -235,17 +235,17 @@ def test_damage_in_few_documents_is_flagged() -> None:
 
 
 def test_an_undecided_perplexity_says_how_many_documents_would_decide() -> None:
-    verdict = judge(*perplexities(noise(100, 0.08), count=100), PERCENT)
+    verdict = judge(*perplexities(wiggle(100, 0.08), count=100), PERCENT)
     # ((1.645 + 0.842) s / ln 1.01)^2, s with G / (G - 1).
     expected = (2.486475 * 0.08 / math.log(1.01)) ** 2 * 100 / 99
     assert verdict.items_needed == pytest.approx(expected, abs=2)
 
 
 def test_a_document_without_scored_tokens_changes_nothing() -> None:
-    full = judge(*perplexities(noise(200, 0.02)), PERCENT)
+    full = judge(*perplexities(wiggle(200, 0.02)), PERCENT)
     padded = [
         replace(one, groups=(*one.groups, "empty"), values={k: np.r_[v, 0] for k, v in one.values.items()})
-        for one in perplexities(noise(200, 0.02))
+        for one in perplexities(wiggle(200, 0.02))
     ]
     verdict = judge(padded[0], padded[1], PERCENT)
     assert (verdict.lower, verdict.upper) == pytest.approx((full.lower, full.upper), rel=0.05)  # other resamples
@@ -262,7 +262,7 @@ def test_an_overflowing_perplexity_fails_without_a_warning_of_numpys() -> None:
 def test_kl_is_judged_in_nats_per_token(nats: float, outcome: str) -> None:
     tokens = np.full(150, 200)
     source = scores("kl", 0.0, kl=np.zeros(150), tokens=tokens)
-    candidate = scores("kl", nats, kl=tokens * (nats + noise(150, 0.004)), tokens=tokens)
+    candidate = scores("kl", nats, kl=tokens * (nats + wiggle(150, 0.004)), tokens=tokens)
     verdict = judge(source, candidate, Budget("kl", 0.02))
     assert (verdict.outcome, verdict.difference) == (outcome, pytest.approx(nats))
 
@@ -552,7 +552,7 @@ def test_a_level_outside_zero_to_one_half_is_refused(levels: dict[str, float]) -
 
 
 def test_the_same_scores_get_the_same_verdict() -> None:
-    sample = perplexities(0.002 + noise(60, 0.03), count=60)
+    sample = perplexities(0.002 + wiggle(60, 0.03), count=60)
     assert judge(*sample, PERCENT) == judge(*sample, PERCENT)
 
 
@@ -561,7 +561,7 @@ def test_the_same_scores_get_the_same_verdict() -> None:
 def test_outcome_and_interval_never_disagree(metric: str, damage: int, limit: float) -> None:
     samples = {
         "accuracy": lambda: right_and_wrong(150, damage, 5),
-        "perplexity": lambda: perplexities(damage / 200 + noise(50, 0.03), count=50),
+        "perplexity": lambda: perplexities(damage / 200 + wiggle(50, 0.03), count=50),
         "flips": lambda: flips(np.arange(50) % 7 * damage // 3),
         "f1": lambda: labelled(500, 4, damage),
     }
@@ -617,7 +617,42 @@ def test_a_small_or_uncertain_gain_is_not_anomalous() -> None:
 
 
 def test_a_perplexity_that_falls_beyond_the_budget_is_flagged() -> None:
-    assert "anomalous" in judge(*perplexities(-0.1 + noise(200, 0.02)), PERCENT).flags
+    assert "anomalous" in judge(*perplexities(-0.1 + wiggle(200, 0.02)), PERCENT).flags
+
+
+def test_more_answers_cut_short_than_the_sources_are_flagged() -> None:
+    source, candidate = right_and_wrong(600, 3, 0)
+    cut = np.arange(600) < 3
+    source = replace(source, values={**source.values, "truncated": np.zeros(600, bool)})
+    candidate = replace(candidate, values={**candidate.values, "truncated": cut})
+    verdict = judge(source, candidate, TWO_POINTS)
+    assert (verdict.outcome, verdict.flags) == ("pass", ("truncated",))
+    assert "3 answers were cut at max_tokens, 0 of the source's" in verdict.reason
+    assert judge(candidate, source, TWO_POINTS).flags == ()
+
+
+def test_a_source_that_answers_like_itself_has_no_noise() -> None:
+    source, other = right_and_wrong(400, 3, 1)
+    assert noise(source, source) == 0.0
+    assert noise(source, other) == 0.01
+    assert "noisy" not in judge(source, other, TWO_POINTS).flags
+
+
+def test_noise_is_flagged_with_its_share() -> None:
+    verdict = judge(*right_and_wrong(400, 3, 1), TWO_POINTS, self_noise=0.005)
+    assert verdict.flags == ("noisy",)
+    assert "the source itself scores 0.5 % of the items differently when asked again" in verdict.reason
+
+
+def test_rounding_and_numbers_that_are_none_are_no_noise() -> None:
+    source, _ = perplexities(0.0, count=50)
+    again, other = source.values["nll"] * (1 + 1e-9), source.values["nll"].copy()
+    other[:5] *= 1.001
+    broken = replace(source, values={**source.values, "nll": np.full(50, math.nan)})
+    assert noise(source, replace(source, values={**source.values, "nll": again})) == 0.0
+    assert noise(source, replace(source, values={**source.values, "nll": other})) == 0.1
+    assert noise(broken, broken) == 0.0
+    assert noise(*flips(np.arange(40) % 4 == 0)) == 0.25
 
 
 def test_different_items_are_refused() -> None:
@@ -706,8 +741,8 @@ def test_three_thousand_answers_are_judged_in_two_seconds() -> None:
 
 
 def test_documents_are_judged_in_a_fifth_of_a_second() -> None:
-    judge(*perplexities(noise(40, 0.02), count=40), PERCENT)  # imports scipy
-    assert seconds(perplexities(noise(240, 0.02), count=240), PERCENT)[0] < 0.2
+    judge(*perplexities(wiggle(40, 0.02), count=40), PERCENT)  # imports scipy
+    assert seconds(perplexities(wiggle(240, 0.02), count=240), PERCENT)[0] < 0.2
 
 
 def test_a_budget_finds_its_score_by_name_and_takes_only_its_own_kind() -> None:

@@ -175,6 +175,11 @@ def test_truncated_and_unparsable_answers_are_wrong_and_counted_apart(reader):
     found = scores(reader, ["a b"] * 3, answers, score="regex", pattern="(a b)")
     assert found["accuracy"].point == 0
     assert found["truncated"].values["truncated"].tolist() == [True, True, False]
+    assert found["accuracy"].values["truncated"].tolist() == [
+        True,
+        True,
+        False,
+    ]  # the gate compares it with the source's
     assert found["unparsable"].values["unparsable"].tolist() == [False, False, True]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class Examiner:
     source_key: str
     threads: int
     reader: TextReader
+
+    @cached_property
+    def _circumstances(self) -> list[Any]:
+        """Return what decides an answer besides model, items and threads."""
+        return [scoring_code(), versions(), machine()]
 
     def examine(self, what: str, model: Model, key: str, exam: Exam) -> Examined:
         """Ask a model and judge it; the source itself is asked the first portion and not judged.
@@ -168,7 +174,7 @@ class Examiner:
         """Return a model's answers to some items, from the store or from the model."""
         asked = {name: [items_hash(items, 0), self.recipe.evaluate[name].identity()] for name in names}
         source_key = "" if against is None else self.source_key
-        parts = ["scores", scoring_code(), key, asked, self.threads, versions(), machine(), source_key]
+        parts = ["scores", self._circumstances, key, asked, self.threads, source_key]
         entry = self.store.get_or_build(
             fingerprint(parts), lambda folder: self._evaluate(what, model, names, items, against, folder)
         )

@@ -176,7 +176,8 @@ class _Chain:
             if any(speed.outcome == "fail" for speed in speeds) and self._fall_back("the model is too slow"):
                 continue
             certified = self._certify()
-            if any(gate.verdict.outcome != "pass" for gate in certified) and self._fall_back("did not pass certify"):
+            judged = certified or self.path[-1].step.gates
+            if any(gate.verdict.outcome != "pass" for gate in judged) and self._fall_back("a gate did not pass it"):
                 continue
             return replace(self._ended(size, certified, None), speeds=speeds, timing=timing)
 

@@ -80,6 +80,7 @@ class LmEval:
     budget: ClassVar[type[LmEvalBudget]] = LmEvalBudget
     kinds: ClassVar[tuple[str, ...]] = ("decoder",)
     needs_labels: ClassVar[bool] = False
+    is_divisible: ClassVar[bool] = False
     data: ClassVar[str] = ""  # lm-eval's tasks name their own
 
     name: str | None = field(default=None, metadata={"help": "task or group that comes with lm-eval, such as arc_easy"})

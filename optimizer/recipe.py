@@ -148,6 +148,10 @@ class Keep:
 
     worst: int = field(metadata={"help": "so many layers, those whose change alone does most harm", "ge": 1})
     format: str = field(metadata={"help": "their format, one the pass takes in `overrides`"})
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "entry of `data` with texts to find them by; else items that choose", "names": "data"},
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from test_pipeline import CALLS, Bench, Lower, Polish, bench
 
-from optimizer.pipeline import _Chain
+from optimizer.pipeline import _begin
 from optimizer.recipe import Recipe, Target
 from optimizer.report import Reporter
 from optimizer.store import Store
@@ -50,7 +50,7 @@ def reference_of(bench: Bench, *passes: Pass) -> Model:
     )
     CALLS.clear()
     with Store(bench.folder / "store") as store:
-        chain = _Chain.begin(recipe, store, Reporter("plain"))
+        _, chain = _begin(recipe, store, Reporter("plain"))
         found = chain._reference()
         assert len(chain.path) == 1
     return found

@@ -284,6 +284,7 @@ class Chain:
             rejected=tuple(self.rejected),
             certified=certified,
             openings=tuple(self.ledger.values()),
+            noise={name: share for name, share in self.examiner.noise.items() if share},
             flips=self._flips(),
         )
 

@@ -18,9 +18,10 @@ from optimizer.evaluate.items import Item, TextReader, items_hash, tokens_read
 from optimizer.evaluate.parts import Part
 from optimizer.evaluate.result import TaskResult, joined
 from optimizer.evaluate.result import load as load_result
+from optimizer.evaluate.run import evaluate
 from optimizer.exams import Exam
 from optimizer.fingerprint import fingerprint, source_fingerprint
-from optimizer.gate import Spending, Verdict, judge, require_judgeable
+from optimizer.gate import Spending, Verdict, judge, noise, require_judgeable
 from optimizer.lock import machine, versions
 from optimizer.recipe import Recipe
 from optimizer.record import Judged
@@ -30,6 +31,8 @@ from passes._kind import kind_of
 from passes.base import ONNX, TORCH, Model
 
 Results = Mapping[str, TaskResult]
+AGAIN_TOKENS = 2048
+"""Tokens that the source is asked twice."""
 
 
 @dataclass
@@ -75,6 +78,7 @@ class Examiner:
         source: the untouched model.
         source_key: names all that decided it.
         reader: how all models read text.
+        noise: evaluation/score -> share of items that the source scores differently when asked again, in other batches.
     """
 
     recipe: Recipe
@@ -84,6 +88,11 @@ class Examiner:
     source_key: str
     threads: int
     reader: TextReader
+    noise: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def _kind(self) -> str:
+        return kind_of(self.source.config)
 
     @cached_property
     def _circumstances(self) -> list[Any]:
@@ -116,6 +125,7 @@ class Examiner:
             before.append(self._answers("source", self.source, self.source_key, names, portion, None, found))
             if model is self.source:
                 self._note(names, part, before, before, found)
+                self._ask_again([name for name in names if self.recipe.limits(name)], portion)
                 return ()
             after.append(self._answers(what, model, key, names, portion, before[-1], found))
             self._note(names, part, before, after, found)
@@ -130,6 +140,30 @@ class Examiner:
             Judged(name, verdict, self.recipe.limits(name)[place].score, exam.name)
             for (name, place), verdict in verdicts.items()
         )
+
+    def _ask_again(self, names: Sequence[str], items: Sequence[Item]) -> None:
+        """Ask the source a few items twice, in batches and one by one: whatever differs is noise that a gate counts."""
+        if not names:
+            return
+        tasks = {name: self.recipe.evaluate[name] for name in names}
+        sample = _first_few(items, max(getattr(task, "max_tokens", 0) for task in tasks.values()))
+        asked = {name: [items_hash(sample, 0), task.identity()] for name, task in tasks.items()}
+
+        def ask(folder: Path) -> Mapping[str, Any]:
+            together, alone = (scorer_of(self.source, self._kind, self.threads, alone=alone) for alone in (False, True))
+            items_of = dict.fromkeys(names, sample)
+            with self.told.progress("asking the source again") as progress:
+                first = evaluate(tasks, items_of, together, None, progress, self.reader)
+                second = evaluate(tasks, items_of, alone, first, progress, self.reader)
+            return {
+                f"{name}/{score}": noise(scores, second[name].scores[score])
+                for name in names
+                for score in {budget.judges for budget in self.recipe.limits(name)}
+                if (scores := first[name].scores.get(score))
+            }
+
+        parts = ["noise", self._circumstances, self.source_key, asked, self.threads]
+        self.noise |= self.store.get_or_build(fingerprint(parts), ask).meta
 
     def _note(
         self, names: Sequence[str], part: Part, before: Sequence[Results], after: Sequence[Results], found: Examined
@@ -158,6 +192,7 @@ class Examiner:
             alpha=exam.alpha,
             fail_alpha=exam.fail_alpha,
             chance=self.recipe.evaluate[name].chance(part.items),
+            self_noise=self.noise.get(f"{name}/{budget.judges}", 0.0),
             spending=Spending(part.units, last.looked_at if last else 0) if len(part.portions) > 1 else None,
         )
 
@@ -193,9 +228,7 @@ class Examiner:
         against: Results | None,
         folder: Path,
     ) -> Mapping[str, Any]:
-        from optimizer.evaluate.run import evaluate
-
-        scorer = scorer_of(model, kind_of(self.source.config), self.threads)
+        scorer = scorer_of(model, self._kind, self.threads)
         tasks, asked = {name: self.recipe.evaluate[name] for name in names}, {name: list(items) for name in names}
         kind, tokens = f"scoring {model.stage.name}", tokens_read(tasks, asked)
         with (
@@ -208,6 +241,18 @@ class Examiner:
         return {"seconds": spent.seconds, "peak_bytes": spent.peak_bytes}
 
 
+def _first_few(items: Sequence[Item], answer_tokens: int) -> list[Item]:
+    """Return the first items that have `AGAIN_TOKENS` tokens together with their answers; whole questions."""
+    taken: list[Item] = []
+    tokens = 0
+    for item in items:
+        if tokens >= AGAIN_TOKENS and (item.unit is None or item.unit != taken[-1].unit):
+            break
+        taken.append(item)
+        tokens += sum(map(len, item.texts)) + answer_tokens
+    return taken
+
+
 def weights_bytes(model: Model) -> int:
     """Return the size of the files that hold the weights and the graph."""
     if model.stage == TORCH:
@@ -217,13 +262,13 @@ def weights_bytes(model: Model) -> int:
     return sum(path.stat().st_size for path in model.folder.glob("model.onnx*"))
 
 
-def scorer_of(model: Model, kind: str, threads: int) -> Any:
-    """Return what answers for a model at a stage that can be scored."""
+def scorer_of(model: Model, kind: str, threads: int, alone: bool = False) -> Any:
+    """Return what answers for a model at a stage that can be scored, each item by itself where `alone` says so."""
     from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
 
     if model.stage == TORCH:
         importlib.import_module("passes._walk")  # with torch and transformers, whose loading is not scoring
-        return TorchScorer(model, kind, threads)
+        return TorchScorer(model, kind, threads, **({"tokens_per_batch": 1} if alone else {}))
     if model.stage == ONNX:
         return RuntimeScorer(model.folder / "model.onnx", kind, threads)
     raise CannotRun(f"a model at stage {model.stage} cannot be scored; expected {TORCH} or {ONNX}")

@@ -167,7 +167,7 @@ class Run:
         rejected: the rungs tried before, in order.
         certified: what the items say that were kept for the last word; empty where every gate used all items.
         openings: how often the items that judge were opened, over all runs.
-        noise: evaluation -> share of items on which the source differs from itself when asked again.
+        noise: evaluation/score -> share of items that the source scores differently when asked again, if any.
         artifact: folder of the artifact, None where none was made.
         digest: identity of the artifact.
         earlier: folder where an artifact of an earlier run still lies, when this run made none.

@@ -101,8 +101,8 @@ def _check_same(where: str, source: Scores, candidate: Scores) -> None:
 def noise(first: Scores, second: Scores) -> float:
     """Return the share of items that a model, asked twice, does not score alike: 0 unless something is random.
 
-    Rounding, a millionth of the value, is no difference; nan is like nan. Of flips and kl the second is against the
-    first.
+    Rounding, a millionth of the value or of one, is no difference; nan is like nan. Of flips and kl the second is
+    against the first.
 
     Raises:
         ValueError: the scores are not of the same items or metric.
@@ -113,7 +113,7 @@ def noise(first: Scores, second: Scores) -> float:
         if name in first.values:
             one, other = (np.asarray(side.values[name]) for side in (first, second))
             rounding = 1e-6 if one.dtype.kind == "f" else 0.0
-            differs |= ~np.isclose(one, other, rtol=rounding, atol=0, equal_nan=True)
+            differs |= ~np.isclose(one, other, rtol=rounding, atol=rounding, equal_nan=True)
     return float(differs.mean())
 
 

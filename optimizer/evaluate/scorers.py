@@ -70,15 +70,18 @@ def batches(items: Sequence[Item], tokens_per_batch: int) -> Iterator[list[int]]
 class TorchScorer:
     """Scores a model at stage torch, one block of weights in memory at a time."""
 
-    def __init__(self, model: Model, kind: str, threads: int | None = None) -> None:
+    def __init__(
+        self, model: Model, kind: str, threads: int | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+    ) -> None:
         """Remember what to walk through.
 
         Args:
             model: at stage torch.
             kind: as in `Scorer`.
             threads: threads torch may use; None leaves its setting alone.
+            tokens_per_batch: most tokens that run together; 1 runs each item by itself.
         """
-        self.model, self.kind, self.threads = model, kind, threads
+        self.model, self.kind, self.threads, self.tokens_per_batch = model, kind, threads, tokens_per_batch
 
     def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
@@ -105,7 +108,7 @@ class TorchScorer:
         skeleton = self._skeleton()
         per_token = cache_bytes_per_token(skeleton.module.config)
         lengths = [len(item.ids) + max_tokens for item in items]
-        for together in walks(list(batches(items, TOKENS_PER_BATCH)), lengths, per_token):
+        for together in walks(list(batches(items, self.tokens_per_batch)), lengths, per_token):
             ids = [torch.tensor([items[index].ids for index in batch]) for batch in together]
             for number, answers in walk(skeleton, [decoding(x, max_tokens, ends) for x in ids]):
                 yield from zip(together[number], answers, strict=True)
@@ -115,7 +118,7 @@ class TorchScorer:
         from passes._walk import walk
 
         skeleton = self._skeleton()
-        most = tokens_at_once(skeleton.module.config.vocab_size)
+        most = min(self.tokens_per_batch, tokens_at_once(skeleton.module.config.vocab_size))
         for indices in walk_groups(batches(items, most), [len(item.ids) for item in items]):
             together = [[items[index] for index in batch] for batch in indices]
             for number, logits in walk(skeleton, [answering(batch, self.model, self.kind) for batch in together]):

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from optimizer.evaluate.classification import Classification, ClassificationBudget
 from optimizer.evaluate.items import Item, TopUp
 from optimizer.exams import Exam, Exams
+from optimizer.gate import NOISY
 from optimizer.pipeline import run
 from optimizer.quantities import Drop
 from optimizer.recipe import DataSource, Fallback, Gate, Recipe, Rung, SizeBudget, Skip, Target
@@ -108,7 +109,7 @@ class Ladder:
         self,
         first: Pass,
         *otherwise: Rung,
-        items: int = 1000,
+        items: int = 600,
         most: int | None = None,
         drop: float = 0.03,
         then: tuple[Pass, ...] = (),
@@ -154,13 +155,13 @@ def ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ladder:
     save_file({"w": np.ones(200_000, np.float32)}, source / "model.safetensors")
     asked: list[int] = []
     monkeypatch.setattr("optimizer.package._prove", lambda folder, kind: None)  # a second for each artifact
-    monkeypatch.setattr("optimizer.examiner.scorer_of", lambda model, kind, threads: MadeUp(model, asked))
+    monkeypatch.setattr("optimizer.examiner.scorer_of", lambda model, kind, threads, alone=False: MadeUp(model, asked))
     return Ladder(tmp_path, asked)
 
 
 def test_a_rung_that_passes_takes_the_place_of_one_that_does_not(ladder: Ladder) -> None:
     done = ladder.run(Harm(percent=20), Harm(percent=10), Harm(percent=0.2))
-    assert done.exit_code == 0
+    assert (done.exit_code, done.noise) == (0, {})
     assert [(each.index, each.step.rung, each.step.gates[0].verdict.outcome) for each in done.rejected] == [
         (1, 0, "fail"),
         (1, 1, "fail"),
@@ -173,14 +174,14 @@ def test_items_that_choose_and_items_that_judge_are_different_ones(ladder: Ladde
     done = ladder.run(Harm(percent=20), Harm(percent=0.2))
     chose, judged = done.steps[-1].gates[0], done.certified[0]
     assert (chose.part, judged.part) == ("search", "certify")
-    assert (chose.verdict.n_items, judged.verdict.n_items) == (250, 750)
+    assert (chose.verdict.n_items, judged.verdict.n_items) == (150, 450)
     assert done.verdicts == done.certified
 
 
 def test_without_a_choice_all_items_judge(ladder: Ladder) -> None:
     done = ladder.run(Harm(percent=0.2))
     (gate,) = done.steps[-1].gates
-    assert (gate.part, gate.verdict.n_items, gate.verdict.alpha, done.certified) == ("", 1000, 0.05, ())
+    assert (gate.part, gate.verdict.n_items, gate.verdict.alpha, done.certified) == ("", 600, 0.05, ())
 
 
 def test_a_rung_whose_loss_seen_is_above_the_budget_gives_way_though_nothing_is_shown(ladder: Ladder) -> None:
@@ -193,7 +194,7 @@ def test_a_rung_whose_loss_seen_is_above_the_budget_gives_way_though_nothing_is_
 
 
 def test_a_model_that_does_not_pass_certify_gives_way_and_the_next_is_judged_at_half_the_level(ladder: Ladder) -> None:
-    done = ladder.run(Harm(percent=2.2), Harm(percent=0), Harm(percent=0.1), drop=0.025)
+    done = ladder.run(Harm(percent=2.2), Harm(percent=0), Harm(percent=0.1), drop=0.025, items=1000)
     assert [each.reason for each in done.rejected] == ["a gate did not pass it"]
     assert [each.verdict.alpha for each in done.certified] == [0.0125]  # the second of three: a quarter
     assert done.exit_code == 0
@@ -264,17 +265,31 @@ def test_on_fail_is_the_recipes_to_say(ladder: Ladder) -> None:
 
 def test_openings_are_counted_over_runs_and_a_second_run_is_none(ladder: Ladder) -> None:
     assert [ladder.run(Harm(percent=percent)).openings[0].count for percent in (0, 0, 0.1, 0.2)] == [1, 1, 2, 3]
-    other_items = ladder.run(Harm(percent=0), items=900)
+    other_items = ladder.run(Harm(percent=0), items=500)
     assert (other_items.openings[0].count, other_items.openings[0].alpha) == (1, 0.05)
     opening = ladder.run(Harm(percent=0.2)).openings[0]
     assert (opening.count, opening.alpha) == (3, pytest.approx(0.15))
+
+
+def test_a_source_that_is_not_like_itself_is_told(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def moody(model: Model, kind: str, threads: int, alone: bool = False) -> MadeUp:
+        scorer = MadeUp(model, ladder.asked)
+        scorer.percent += 50 * alone
+        return scorer
+
+    monkeypatch.setattr("optimizer.examiner.scorer_of", moody)
+    done = ladder.run(Harm(percent=0))
+    assert 0.3 < done.noise["accuracy/accuracy"] < 0.7
+    assert NOISY in done.steps[-1].gates[0].verdict.flags
+    assert "the source itself scores" in done.steps[-1].gates[0].verdict.reason
 
 
 def test_a_gate_asks_for_no_more_items_than_it_needs(ladder: Ladder) -> None:
     done = ladder.run(Harm(percent=0), items=4000, most=3200, drop=0.01)
     verdict = done.steps[-1].gates[0].verdict
     assert (verdict.outcome, verdict.n_items, verdict.looked_at) == ("pass", 800, 800)
-    assert ladder.asked == [400] * 6  # the source and both models, an eighth and then another
+    asked = [count for count in ladder.asked if count == 400]
+    assert asked == [400] * 6  # the source and both models, an eighth and then another
     assert ladder.run(Harm(percent=30), items=4000, most=3200, drop=0.01).steps[-1].gates[0].verdict.n_items == 800
 
 

@@ -7,10 +7,11 @@ import pytest
 from toy_recipes import CHOICES, RIGHT, ExportToy, FuseToy, QuantizeToy
 
 from optimizer.errors import CommandError, RecipeError
+from optimizer.evaluate.items import TopUp
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.gate import Budget
 from optimizer.plan import plan, plan_lines
-from optimizer.recipe import Gate, Recipe, load, parse
+from optimizer.recipe import Fallback, Gate, Keep, Recipe, Skip, load, parse, rung_text
 from passes.base import TORCH, Context, Model, Pass, PassError, Stage
 
 LABELLED = RIGHT.replace("task: perplexity", "task: classification").replace("group: path", "label: topic")
@@ -371,6 +372,83 @@ def test_recipe_folder_comes_before_working_folder(folder: Path, monkeypatch: py
 def test_file_that_is_not_there_is_a_wrong_command(folder: Path) -> None:
     with pytest.raises(CommandError, match=r"gone\.yaml: cannot be read, no such file"):
         load(folder / "gone.yaml", choices=CHOICES)
+
+
+FALLBACK = RIGHT.replace(
+    "  - quantize_toy: {format: int4}\n",
+    """\
+  - quantize_toy: {format: int4}
+    otherwise:
+      - quantize_toy: {format: int8}
+      - keep: {worst: 4, format: float}
+      - skip
+    on_fail: report
+""",
+)
+
+
+def test_fallback_is_read_in_its_order(folder: Path) -> None:
+    recipe = read(FALLBACK, folder)
+    assert recipe.fallback(0) == Fallback((QuantizeToy(format="int8"), Keep(worst=4, format="float"), Skip()), "report")
+    assert (recipe.fallback(1), recipe.rungs) == (Fallback(), 4)
+    assert [recipe.reports_only(index) for index in range(3)] == [True, False, False]
+    assert recipe.passes == read(RIGHT, folder).passes
+
+
+def test_settings_reach_into_a_fallback(folder: Path) -> None:
+    settings = ("passes.0.otherwise.1.keep.worst=9", "passes.0.ratio=1", "passes.0.on_fail=stop")
+    recipe = read(FALLBACK, folder, *settings)
+    assert recipe.fallback(0).otherwise[1] == Keep(worst=9, format="float")
+    assert (recipe.passes[0], recipe.fallback(0).on_fail) == (QuantizeToy(ratio=1.0), "stop")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("on_fail: report", "on_fail: go", "20:14: passes.0.on_fail: got 'go', expected one of stop, report"),
+        ("- skip", "- skipp", "19:9: passes.0.otherwise.2: unknown pass 'skipp'"),
+        (
+            "format: float}",
+            "format: int9}",
+            "18:15: passes.0.otherwise.1.keep: got the format 'int9', expected a format of float",
+        ),
+        ("worst: 4", "worst: 0", "18:23: passes.0.otherwise.1.keep.worst: got 0, expected at least 1"),
+        (
+            "- skip",
+            "- export_toy",
+            "19:9: passes.0.otherwise.2: export_toy takes a model from torch to onnx (ort), expected torch to torch, "
+            "as quantize_toy does",
+        ),
+        ("format: int8", "format: int5", "17:32: passes.0.otherwise.0.quantize_toy.format: got 'int5'"),
+        (
+            "  - export_toy\n",
+            "  - export_toy:\n    otherwise: [skip]\n",
+            "22:17: passes.1.otherwise.0: export_toy cannot",
+        ),
+        ("  - fuse_toy:\n", "  - otherwise: [skip]\n    fuse_toy:\n", ""),
+    ],
+)
+def test_mistake_in_a_fallback_is_told_with_its_place(old: str, new: str, expected: str, folder: Path) -> None:
+    assert old in FALLBACK
+    if not expected:  # the order of the keys is the user's
+        assert read(FALLBACK.replace(old, new, 1), folder).fallback(2).otherwise == (Skip(),)
+        return
+    (found,) = mistakes(FALLBACK.replace(old, new, 1), folder)
+    assert found.startswith(f"recipe.yaml:{expected}")
+
+
+def test_items_are_a_number_or_as_many_as_gates_need(folder: Path) -> None:
+    def items(written: str) -> object:
+        return read(RIGHT.replace("context: 512", f"items: {written}"), folder).evaluate["ppl"].items  # type: ignore[attr-defined]
+
+    assert (items("200"), items("{most: 3000}")) == (200, TopUp(most=3000))
+    (found,) = mistakes(RIGHT.replace("context: 512", "items: {most: 0}"), folder)
+    assert "evaluate.ppl.items.most: got 0, expected at least 1" in found
+
+
+def test_what_a_rung_is_in_words(folder: Path) -> None:
+    words = [rung_text(rung) for rung in read(FALLBACK, folder).fallback(0).otherwise]
+    assert words == ["quantize_toy format int8", "keep worst 4 in float", "skip"]
 
 
 def test_file_that_is_not_utf8_tells_the_byte(folder: Path) -> None:

@@ -7,14 +7,13 @@ first of all, so that what the run would refuse is refused here. No weight of th
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from optimizer.recipe import Recipe
-from passes.base import Context, Estimate, Model, PassError
+from passes.base import Context, Estimate, Model, Pass, PassError
 
 NO_ESTIMATE = "no estimate"
-NOTE = "Each pass is estimated on the source's weights, not on what the passes before it leave."
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,27 @@ class Step:
 
 
 def plan(recipe: Recipe, source: Model) -> tuple[Step, ...]:
-    """Return each pass's estimate. Passes after the first see the source's files at the stage they read."""
+    """Return each pass's estimate, from what the passes before it would leave."""
+    steps: list[Step] = []
+    model = source
     with tempfile.TemporaryDirectory(prefix="optimize-plan-") as folder:
-        context = Context(Path(folder), source, recipe.target.device)
-        return tuple(_step(recipe, index, source, context) for index in range(len(recipe.passes)))
+        for number, each in enumerate(recipe.passes):
+            context = Context(Path(folder, str(number)), source, recipe.target.device)
+            context.workdir.mkdir()
+            step = _step(each, model, context)
+            steps.append(step)
+            if step.estimate:
+                model = step.estimate.model
+    return tuple(steps)
 
 
-def _step(recipe: Recipe, index: int, source: Model, context: Context) -> Step:
-    chosen = recipe.passes[index]
+def _step(chosen: Pass, model: Model, context: Context) -> Step:
+    if model.stage != chosen.reads:
+        return Step(chosen.name(), None, NO_ESTIMATE, chosen.optional)
     try:
-        chosen.admits(source, context)
-        estimate = chosen.estimate(replace(source, stage=chosen.reads))
+        chosen.admits(context.source, context)
+        chosen.requires(model)
+        estimate = chosen.estimate(model, context)
     except PassError as error:
         return Step(chosen.name(), None, str(error), chosen.optional)
     return Step(chosen.name(), estimate, "" if estimate else NO_ESTIMATE, chosen.optional)
@@ -57,4 +66,4 @@ def plan_lines(steps: tuple[Step, ...]) -> list[str]:
         told = step.estimate
         row = f"{told.matches:>8}  {told.bytes / 1e6:>11.1f}  {told.peak_bytes / 1e6:>9.1f}" if told else step.refusal
         lines.append(f"{step.name:<{width}}  {row}")
-    return [*lines, NOTE]
+    return lines

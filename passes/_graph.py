@@ -6,19 +6,24 @@ Tensors are read when they are looked at and never kept: a pass over a graph nee
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from passes._files import atomic_file, atomic_write
+from passes._safetensors import LARGEST_IN_OUTLINE
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
 _INLINE_BYTES = 1024
 _SHARED = "shares_bytes_with"
 _ALIGNMENT = 64
+_IN_OUTLINE = ContextVar("in_outline", default=False)
 MICROSOFT = "com.microsoft"
 
 
@@ -59,8 +64,7 @@ def save_graph(model: ir.Model, folder: Path) -> None:
             key = tensor.metadata_props.get(_SHARED, name)
             if key not in written:
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-                content = np.ascontiguousarray(tensor.numpy()).view(np.uint8)
-                written[key] = (file.tell(), file.write(content.data))
+                written[key] = (file.tell(), _write_tensor(file, tensor))
             offset, length = written[key]
             external[name] = ir.ExternalTensor(
                 DATA, offset, length, tensor.dtype, shape=ir.Shape(extents(tensor)), name=name, base_dir=folder
@@ -73,6 +77,23 @@ def save_graph(model: ir.Model, folder: Path) -> None:
     finally:
         for name, tensor in inline.items():
             model.graph.initializers[name].const_value = tensor
+
+
+@contextmanager
+def in_outline() -> Iterator[None]:
+    """Let `save_graph` leave holes, which read as zeros and take no room, in the place of all but small tensors."""
+    token = _IN_OUTLINE.set(True)
+    try:
+        yield
+    finally:
+        _IN_OUTLINE.reset(token)
+
+
+def _write_tensor(file: BinaryIO, tensor: ir.TensorProtocol) -> int:
+    if _IN_OUTLINE.get() and tensor.nbytes > LARGEST_IN_OUTLINE:
+        file.truncate(file.seek(tensor.nbytes, os.SEEK_CUR))
+        return tensor.nbytes
+    return file.write(np.ascontiguousarray(tensor.numpy()).view(np.uint8).data)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ storage keeps the peak at one tensor.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from passes.base import PassError
 
 if TYPE_CHECKING:
     import torch
+
+    from passes._checkpoint import StoredTensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -37,6 +40,8 @@ _TORCH_NAMES = {
     "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
     "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
+LARGEST_IN_OUTLINE = 1 << 13
+"""Bytes of a tensor that has a content even in outline: the graph's optimizer joins small ones that are equal."""
 _READ_BYTES = 1 << 30  # one Linux read returns less than 2 GiB
 
 
@@ -150,6 +155,13 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     return tensor
 
 
+def meta_tensor(entry: StoredTensor) -> torch.Tensor:
+    """Return a tensor of the same dtype and shape on the meta device."""
+    import torch
+
+    return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_NAMES[entry.dtype]), device="meta")
+
+
 def read_into(entry: TensorEntry, buffer: memoryview, start: int = 0) -> None:
     """Fill a writable byte buffer with the tensor's bytes from its byte `start` on.
 
@@ -171,7 +183,8 @@ def write_safetensors(
 ) -> None:
     """Write tensors to `path`, all or nothing; the bytes depend only on names, values and metadata.
 
-    Tensors are laid out by falling item size, then name, so that each lies aligned.
+    Tensors are laid out by falling item size, then name, so that each lies aligned. In the place of one on the meta
+    device the file has a hole, which reads as zeros and takes no room; in that of a small one bytes that no other has.
     """
     import torch
 
@@ -189,9 +202,14 @@ def write_safetensors(
     with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            if tensors[name].numel():
+            if tensors[name].is_meta and tensors[name].nbytes > LARGEST_IN_OUTLINE:
+                file.seek(tensors[name].nbytes, os.SEEK_CUR)
+            elif tensors[name].is_meta:
+                file.write(hashlib.shake_128(name.encode()).digest(tensors[name].nbytes))
+            elif tensors[name].numel():
                 flat = tensors[name].detach().cpu().contiguous().view(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
+        file.truncate()
 
 
 def _read_json(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from passes._formats import IntegerFormat
 from passes._quantized import LayerSpec
 from passes._skeleton import Skeleton, block_names, inside
-from passes.base import Estimate, Model, PassError
+from passes.base import Context, Estimate, Model, PassError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -69,20 +68,21 @@ class Selection:
             reason = "all are excluded" if is_any else "no nn.Linear in them"
             raise PassError(f"{self.step}: matched none of {len(skeleton.blocks)} blocks: {reason}")
 
-    def estimate(self, model: Model) -> Estimate:
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
         """Count layers and bytes from the headers."""
+        from passes._outline import outline_quantized, parameters_of, part_bytes, torch_bytes
+
         skeleton = Skeleton(model)
         specs = self.specs(skeleton.module)
-        total = sum(entry.nbytes for entry in skeleton.entries.values())
-        largest = 0
-        for part in skeleton.outside() + skeleton.blocks:
-            shapes = {stored: skeleton.entries[stored].shape for stored in skeleton.tensors(part).values()}
-            largest = max(largest, sum(4 * prod(shape) for shape in shapes.values()))
-        replaced = {skeleton.stored_name(f"{name}.weight"): spec for name, spec in specs.items()}
-        for tensor, spec in replaced.items():
-            entry = skeleton.entries[tensor]
-            total += spec.format.bytes(entry.shape[0], entry.shape[1]) - entry.nbytes
-        return Estimate(matches=len(specs), bytes=total, peak_bytes=3 * largest)
+        after = outline_quantized(specs, model, ctx)
+        return Estimate(
+            matches=len(specs),
+            bytes=torch_bytes(after),
+            parameters=parameters_of(skeleton.module),
+            peak_bytes=3 * max(part_bytes(skeleton)),
+            model=after,
+            note=self.note(skeleton.module),
+        )
 
     def ensure(self, before: Model, after: Model) -> None:
         """Check that exactly the chosen layers are quantized, and that every scale is finite and not zero."""

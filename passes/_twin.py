@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -123,20 +123,46 @@ def _with_few_layers(full: Mapping[str, Any], depth: str) -> dict[str, Any]:
 
     Layers that share what an earlier one of their kind keeps come once more, at the end.
     """
+    count, kept = int(full.get(depth) or 2), first_of_each(kinds_of_layers(full, depth))
+    if full.get("num_kv_shared_layers"):
+        return {**with_layers(full, depth, kept * 2), "num_kv_shared_layers": len(kept)}
+    return with_layers(full, depth, kept if len(kept) > 1 else list(range(min(2, count))))
+
+
+def kinds_of_layers(full: Mapping[str, Any], depth: str) -> list[str]:
+    """Return what tells each layer from those of other kinds: the per-layer settings of a configuration.
+
+    Args:
+        full: the configuration.
+        depth: what its family calls the number of layers.
+    """
+    settings = [value for value in _per_layer(full, depth).values() if not _are_numbers_of_layers(value)]
+    return [repr([value[layer] for value in settings]) for layer in range(int(full.get(depth) or 2))]
+
+
+def first_of_each(kinds: Sequence[Any]) -> list[int]:
+    """Return the places at which a kind comes for the first time."""
+    return [place for place, kind in enumerate(kinds) if kind not in kinds[:place]]
+
+
+def with_layers(full: Mapping[str, Any], depth: str, kept: Sequence[int]) -> dict[str, Any]:
+    """Return the configuration of a model that has, of all layers, those of `kept`, in that order."""
+    few: dict[str, Any] = {}
+    for key, value in _per_layer(full, depth).items():
+        if not isinstance(full[key], list):
+            few[key] = {place: value[layer] for place, layer in enumerate(kept) if value[layer] is not None}
+        elif _are_numbers_of_layers(value):
+            few[key] = list(range(len(kept)))
+        else:
+            few[key] = [value[layer] for layer in kept]
+    return {**full, depth: len(kept), **few}
+
+
+def _per_layer(full: Mapping[str, Any], depth: str) -> dict[str, list[Any]]:
+    """Return the settings that have a value for each layer."""
     count = int(full.get(depth) or 2)
     mappings = {key: _by_layer(full[key], count) for key in full.keys() - {"id2label"} if _by_layer(full[key], count)}
-    lists = {key: value for key, value in full.items() if isinstance(value, list) and len(value) == count > 1}
-    kinds = {key: value for key, value in (lists | mappings).items() if not _are_numbers_of_layers(value)}
-    of_layer = [repr([value[layer] for value in kinds.values()]) for layer in range(count)]
-    kept = [layer for layer, kind in enumerate(of_layer) if kind not in of_layer[:layer]]
-    shares = bool(full.get("num_kv_shared_layers"))
-    few: dict[str, Any] = {"num_kv_shared_layers": len(kept)} if shares else {}
-    kept = kept * 2 if shares else kept if len(kept) > 1 else list(range(min(2, count)))
-    for key, value in lists.items():
-        few[key] = [value[layer] for layer in kept] if key in kinds else list(range(len(kept)))
-    for key, value in mappings.items():
-        few[key] = {place: value[layer] for place, layer in enumerate(kept) if value[layer] is not None}
-    return {**full, depth: len(kept), **few}
+    return {key: value for key, value in full.items() if isinstance(value, list) and len(value) == count > 1} | mappings
 
 
 def _are_numbers_of_layers(values: list[Any]) -> bool:

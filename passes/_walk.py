@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -23,6 +24,7 @@ from passes._quantized import LayerSpec, QuantizedLayer, write_specs
 from passes._safetensors import (
     INDEX_NAME,
     SafetensorsError,
+    meta_tensor,
     read_header,
     read_metadata,
     write_safetensors,
@@ -32,6 +34,8 @@ from passes.base import Context, Model, PassResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from passes._checkpoint import StoredTensor
 
 Result = TypeVar("Result")
 Change = Callable[[str, "PreTrainedModel", Context], Mapping[str, QuantizedLayer | torch.Tensor]]
@@ -182,12 +186,13 @@ class Traveller(Generic[Result]):
             self._stopped.release()
 
 
-def run_blocks(change: Change, model: Model, ctx: Context) -> PassResult:
+def run_blocks(change: Change, model: Model, ctx: Context, *, in_outline: bool = False) -> PassResult:
     """Load each part of the model, let a pass change it, write it to a file of its own.
 
     `change(part, module, ctx)` returns module name -> quantized layer, or tensor name -> its new values.
 
-    A file that is already there was finished by an earlier run that was killed, and is kept.
+    A file that is already there was finished by an earlier run that was killed, and is kept. In outline nothing is
+    loaded: what `change` returns is on the meta device, and the files have holes.
     """
     skeleton = Skeleton(model)
     parts = skeleton.outside() + skeleton.blocks
@@ -196,9 +201,9 @@ def run_blocks(change: Change, model: Model, ctx: Context) -> PassResult:
     for done, name in enumerate(parts):
         path = ctx.workdir / f"{name}.safetensors"
         if not _is_complete(path):
-            with skeleton.loaded_as_stored(name), torch.inference_mode():
+            with nullcontext() if in_outline else skeleton.loaded_as_stored(name), torch.inference_mode():
                 changed = change(name, skeleton.module, ctx)
-                tensors = _part(skeleton, name, changed)
+                tensors = _part(skeleton, name, changed, meta_tensor if in_outline else _read)
                 written = {n: asdict(new.spec) for n, new in changed.items() if isinstance(new, QuantizedLayer)}
                 write_safetensors(path, tensors, {"quantization": json.dumps(written, sort_keys=True)})
         specs |= {
@@ -213,8 +218,15 @@ def run_blocks(change: Change, model: Model, ctx: Context) -> PassResult:
     return PassResult(replace(model, folder=ctx.workdir), {"layers_quantized": new})
 
 
+def _read(stored: StoredTensor) -> torch.Tensor:
+    return stored.read()
+
+
 def _part(
-    skeleton: Skeleton, name: str, changed: Mapping[str, QuantizedLayer | torch.Tensor]
+    skeleton: Skeleton,
+    name: str,
+    changed: Mapping[str, QuantizedLayer | torch.Tensor],
+    read: Callable[[StoredTensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Return what is stored of one part: what was changed as given, all else as it was, tied tensors by their owner."""
     tensors: dict[str, torch.Tensor] = {}
@@ -228,7 +240,7 @@ def _part(
         elif isinstance(new, torch.Tensor):
             tensors[tensor] = new
         else:
-            tensors[tensor] = skeleton.entries[skeleton.stored_name(tensor)].read()
+            tensors[tensor] = read(skeleton.entries[skeleton.stored_name(tensor)])
     return tensors
 
 

@@ -105,13 +105,19 @@ class Estimate:
 
     Attributes:
         matches: number of places it would change.
-        bytes: size of the model's weights afterwards.
-        peak_bytes: most memory it would need at once.
+        bytes: size of the model's files afterwards, the graph's with it.
+        parameters: numbers that its weights stand for.
+        peak_bytes: memory that the work takes besides what the process holds anyway.
+        model: what it would leave, in outline: files that are right but for holes in the place of numbers.
+        note: as in `PassResult`.
     """
 
     matches: int
     bytes: int
+    parameters: int
     peak_bytes: int
+    model: Model
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +150,14 @@ class Pass:
     def requires(self, model: Model) -> None:
         """Raise PassError when this model cannot be taken."""
 
-    def estimate(self, model: Model) -> Estimate | None:
-        """Say what `run` would do, without reading weights; None when only the graph itself can tell."""
+    def estimate(self, model: Model, ctx: Context) -> Estimate | None:
+        """Say what `run` would do, without reading weights; None when only the work itself can tell.
+
+        `model` is what the passes before would leave, in outline; `ctx.workdir` takes what this one would.
+
+        Raises:
+            PassError: `run` would refuse the model.
+        """
         return None
 
     def run(self, model: Model, ctx: Context) -> PassResult:
@@ -204,6 +216,12 @@ class GraphPass(Pass):
                 f"{self.name()}: on a small twin of this architecture numbers moved by {error:.1e} of their range, "
                 f"expected at most {FUSION_TOLERANCE:.0e}"
             )
+
+    def estimate(self, model: Model, ctx: Context) -> Estimate | None:
+        """Rewrite the outline."""
+        from passes._outline import outline_rewritten
+
+        return outline_rewritten(self, model, ctx)
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Rewrite every place that fits; refuse when none does."""

@@ -11,9 +11,13 @@ Cost: seconds to trace, by depth; memory of the largest tensor, then of the runt
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from passes.base import ONNX, TORCH, Context, Estimate, Model, Pass, PassError, PassResult, Stage
+
+if TYPE_CHECKING:
+    from passes._twin import Lowering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +33,18 @@ class ExportOnnx(Pass):
 
         require_sentence(model.assets, model.config)
 
-    def estimate(self, model: Model) -> Estimate:
-        """Count the bytes of the graph's tensors: float32, and packed integers as they are."""
-        from math import prod
-
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        """Lower the model without its weights, or a shallow one where it is deep."""
+        from passes._outline import outline_graph, part_bytes
         from passes._skeleton import Skeleton
+        from passes._twin import choose_lowering
 
-        entries = Skeleton(model).entries.values()
-        sizes = [entry.nbytes if entry.dtype in ("U8", "I8") else 4 * prod(entry.shape) for entry in entries]
-        return Estimate(matches=1, bytes=sum(sizes), peak_bytes=2 * max(sizes))
+        way = choose_lowering(model, ctx)
+
+        def lower(shallow: Model, folder: Path) -> None:
+            _lower(shallow, way, folder)
+
+        return replace(outline_graph(model, ctx, lower), peak_bytes=3 * max(part_bytes(Skeleton(model))))
 
     def admits(self, source: Model, ctx: Context) -> None:
         """Lower a shrunken twin, made to show what the model itself hides, and compare it with torch."""
@@ -47,19 +54,14 @@ class ExportOnnx(Pass):
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Trace, tidy and write the graph, in the way that is exact on the twin."""
-        from passes._attention import attention_of
-        from passes._graph import save_graph
         from passes._kind import position_limit
-        from passes._lower import lower
-        from passes._skeleton import Skeleton
         from passes._twin import choose_lowering
 
         way = choose_lowering(model, ctx)
-        graph = lower(Skeleton(model, attention_of(way.route)), way.route, way.takes_batches)
-        save_graph(graph, ctx.workdir)
+        nodes = _lower(model, way, ctx.workdir)
         _, cut = position_limit(model.config)
         note = "; ".join(filter(None, [f"{way.route} attention: {way.note}" if way.note else "", cut]))
-        return PassResult(replace(model, stage=ONNX, folder=ctx.workdir), {"nodes": len(list(graph.graph))}, note)
+        return PassResult(replace(model, stage=ONNX, folder=ctx.workdir), {"nodes": nodes}, note)
 
     def ensures(self, before: Model, after: Model, ctx: Context) -> None:
         """Compare with torch on the model itself."""
@@ -74,3 +76,15 @@ class ExportOnnx(Pass):
                 f"{self.name()}: the graph of the model differs from torch by {error:.1e} of the logits' range, "
                 f"expected at most {TOLERANCE:.0e}; this architecture is not lowered exactly"
             )
+
+
+def _lower(model: Model, way: Lowering, folder: Path) -> int:
+    """Write the graph of a torch stage; return how many nodes it has."""
+    from passes._attention import attention_of
+    from passes._graph import save_graph
+    from passes._lower import lower
+    from passes._skeleton import Skeleton
+
+    graph = lower(Skeleton(model, attention_of(way.route)), way.route, way.takes_batches)
+    save_graph(graph, folder)
+    return len(list(graph.graph))

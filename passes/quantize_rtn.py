@@ -68,9 +68,9 @@ class QuantizeRtn(BlockPass):
         """Refuse patterns that name nothing, tied tables in two formats, and models without a matching layer."""
         self._selection().require(model)
 
-    def estimate(self, model: Model) -> Estimate:
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
         """Count layers and bytes from the headers."""
-        return self._selection().estimate(model)
+        return self._selection().estimate(model, ctx)
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Walk over the parts; note what has to stay in float."""

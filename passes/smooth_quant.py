@@ -63,10 +63,9 @@ class SmoothQuant(Pass):
             raise PassError(f"{self.name()}: the model is quantized already; put {self.name()} before it")
         require_patterns_match(self.name(), self.exclude, skeleton.module)
 
-    def estimate(self, model: Model) -> Estimate:
-        """Count the linear layers inside the blocks, of which some have a pair; all tensors may become float32."""
-        from math import prod
-
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        """Count the linear layers inside the blocks, most of which have a pair; their tensors become float32."""
+        from passes._outline import outline_float32, parameters_of, part_bytes, torch_bytes
         from passes._pairs import is_linear
         from passes._skeleton import Skeleton, inside
 
@@ -76,8 +75,14 @@ class SmoothQuant(Pass):
             for name, module in skeleton.module.named_modules()
             if is_linear(module) and any(inside(name, block) for block in skeleton.blocks)
         ]
-        sizes = [4 * prod(entry.shape) for entry in skeleton.entries.values()]
-        return Estimate(matches=len(linears), bytes=sum(sizes), peak_bytes=2 * max(sizes))
+        after = outline_float32(model, ctx)
+        return Estimate(
+            matches=len(linears),
+            bytes=torch_bytes(after),
+            parameters=parameters_of(skeleton.module),
+            peak_bytes=3 * max(part_bytes(skeleton)),
+            model=after,
+        )
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Find pairs and scales, then fold these in, part by part."""

@@ -496,7 +496,7 @@ def test_unknown_stop_is_a_wrong_command(folder: Path) -> None:
 
 def test_plan_tells_estimates_and_refusals(folder: Path) -> None:
     steps = plan(read(RIGHT, folder), Model(TORCH, folder, folder, {}))
-    assert [step.refusal for step in steps] == ["", "no estimate", "fuse_toy matched 0 of 2 blocks"]
+    assert [step.refusal for step in steps] == ["", "", "fuse_toy matched 0 of 2 blocks"]
     assert [step.is_refused for step in steps] == [False, False, True]
     assert plan_lines(steps)[1].split() == ["quantize_toy", "7", "1.0", "2.0"]
 

@@ -1,6 +1,6 @@
 """Small passes and a recipe that is right, for tests to change."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from optimizer.catalogue import Catalogue
@@ -8,7 +8,7 @@ from optimizer.evaluate.agreement import Agreement
 from optimizer.evaluate.classification import Classification
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.evaluate.similarity import Similarity
-from passes.base import ONNX, TORCH, Estimate, Model, Pass, PassError, Stage
+from passes.base import ONNX, TORCH, Context, Estimate, Model, Pass, PassError, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class QuantizeToy(Pass):
         if self.format == "int8" and self.group_size == 64:
             raise ValueError("group_size: got 64, expected 32 or channel with int8")
 
-    def estimate(self, model: Model) -> Estimate:
-        return Estimate(matches=7, bytes=1_000_000, peak_bytes=2_000_000)
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        return Estimate(7, 1_000_000, 500_000, 2_000_000, model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class ExportToy(Pass):
 
     reads: ClassVar[Stage] = TORCH
     writes: ClassVar[Stage] = ONNX
+
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        return Estimate(1, 1_200_000, 500_000, 3_000_000, replace(model, stage=ONNX))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class FuseToy(Pass):
     writes: ClassVar[Stage] = ONNX
     pattern: str = field(metadata={"help": "what to fuse"})
 
-    def estimate(self, model: Model) -> Estimate:
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
         raise PassError("fuse_toy matched 0 of 2 blocks")
 
 

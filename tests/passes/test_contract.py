@@ -124,10 +124,16 @@ def test_a_pass_changes_something_and_says_what(workshop: Workshop, kind: type[P
 
 
 @every_pass
-def test_an_estimate_counts_places_and_bytes_where_there_is_one(workshop: Workshop, kind: type[Pass]) -> None:
-    estimate = plain(kind).estimate(input_of(workshop, kind))
-    assert estimate is None or min(estimate.matches, estimate.bytes, estimate.peak_bytes) > 0
-    assert (estimate is None) <= (kind.reads == ONNX)  # only what works on a graph need not know before there is one
+def test_an_estimate_agrees_with_what_is_done(workshop: Workshop, kind: type[Pass]) -> None:
+    before = () if kind.reads == TORCH else (EXPORT,)
+    estimate = workshop.estimate(example(kind), *before, plain(kind))[-1]
+    result = workshop.run(example(kind), *before, plain(kind))
+    pattern = "model.onnx*" if kind.writes == ONNX else "*.safetensors"
+    assert estimate.bytes == pytest.approx(
+        sum(path.stat().st_size for path in result.model.folder.glob(pattern)), rel=0.02
+    )
+    assert estimate.matches == result.changes.get("matched", estimate.matches) > 0
+    assert (estimate.model.stage, estimate.model.assets) == (kind.writes, result.model.assets)
 
 
 @every_pass

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from passes._graph import load_graph
 from passes._override import Override
 from passes._skeleton import read_config
-from passes.base import TORCH, Context, Model, Pass, PassResult
+from passes.base import TORCH, Context, Estimate, Model, Pass, PassResult
 from passes.export_onnx import ExportOnnx
 from passes.quantize_rtn import QuantizeRtn
 
@@ -44,6 +44,7 @@ ENCODER = {
 }
 CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    "llama-deep": ("LlamaForCausalLM", {**DECODER, "num_hidden_layers": 4}),
     "llama-untied": ("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": False}),
     "llama-narrow": (
         "LlamaForCausalLM",
@@ -74,6 +75,15 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "initializer_range": 0.3,
             "local_attention": 8,
             "num_hidden_layers": 4,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 0),
+        },
+    ),
+    "modernbert-deep": (
+        "ModernBertForSequenceClassification",
+        {
+            **ENCODER,
+            "local_attention": 8,
+            "num_hidden_layers": 6,
             **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 0),
         },
     ),
@@ -165,6 +175,19 @@ class Workshop:
                 (name, steps[: count + 1]), lambda folder, s=step, b=before: s.run(b, self.context(folder, b))
             )
         return result
+
+    def estimate(self, name: str, *steps: Pass) -> list[Estimate]:
+        """Return what each of `steps` would do to a model, each told of what those before it would leave."""
+        model, found = self.model(name), []
+        for count, step in enumerate(steps):
+            found.append(
+                self.once(
+                    ("estimate", name, steps[: count + 1]),
+                    lambda folder, s=step, m=model: s.estimate(m, self.context(folder, m)),
+                )
+            )
+            model = found[-1].model
+        return found
 
     def context(self, folder: Path, source: Model) -> Context:
         """Return a context that works in `folder`."""

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from typer.core import TyperGroup
@@ -63,8 +63,9 @@ JUnitFile = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, a case for each gate.")
 ]
 ReportFile = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="Write the report in Markdown, artifact or not.")
+    Path | None, typer.Option("--report", metavar="FILE", help="Write the report in Markdown, whatever the verdict.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all this process may use if not given.")]
 
 
@@ -82,7 +83,7 @@ def run(
     junit: JUnitFile = None,
     report: ReportFile = None,
     json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Run a recipe. The word `run` may be left out.
 
@@ -96,7 +97,6 @@ def run(
         raise CommandError(_no_such(str(recipe)))
     outputs = Outputs(junit, report)
     outputs.prepare()
-    reporter: Literal["live", "plain"] = "live" if sys.stderr.isatty() else "plain"
     done = optimizer.run(
         recipe,
         settings or (),
@@ -104,7 +104,64 @@ def run(
         store=store,
         stop_after=stop_after,
         keep=keep,
-        reporter="quiet" if quiet or json else reporter,
+        reporter=_style(quiet or json),
+    )
+    if json:
+        typer.echo(done.to_json())
+    return outputs.publish(done, sys.stderr if json else sys.stdout)
+
+
+@app.command()
+def compare(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="The artifact in use.", show_default=False)],
+    candidate: Annotated[
+        Path, typer.Argument(metavar="CANDIDATE", help="The artifact that may replace it.", show_default=False)
+    ],
+    *,
+    policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with data, evaluate and gate; CANDIDATE's own recipe if not given."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change the policy: data.test.csv=test.csv. Repeatable."),
+    ] = None,
+    pinned: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="An artifact that CANDIDATE is judged against as well.")
+    ] = None,
+    on_inconclusive: Annotated[
+        str | None, typer.Option(metavar="fail|pass", help="What an undecided gate counts as; else exit code 3.")
+    ] = None,
+    trust_evidence: Annotated[
+        bool, typer.Option("--trust-evidence", help="Take answers from evidence/ where they are to the same items.")
+    ] = False,
+    store: StoreFolder = None,
+    junit: JUnitFile = None,
+    report: ReportFile = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Judge one artifact against another.
+
+    Both answer the same items. Exit codes: 0 CANDIDATE is shown to be within every budget, 1 it is shown to be over
+    one, 2 wrong input, 3 the items cannot tell, 4 it could not be done.
+    """
+    from optimizer.ci import Outputs
+    from optimizer.compare import compare as compare_artifacts
+
+    if on_inconclusive not in ("fail", "pass", None):
+        raise CommandError(f"--on-inconclusive: got {on_inconclusive!r}, expected fail or pass")
+    outputs = Outputs(junit, report, cast(Literal["fail", "pass"] | None, on_inconclusive))
+    outputs.prepare()
+    done = compare_artifacts(
+        baseline,
+        candidate,
+        policy=policy,
+        settings=settings or (),
+        pinned=pinned,
+        trust_evidence=trust_evidence,
+        store=store,
+        reporter=_style(quiet or json),
     )
     if json:
         typer.echo(done.to_json())
@@ -151,14 +208,19 @@ def passes(
 @app.command()
 def schema(
     run: Annotated[bool, typer.Option("--run", help="Of what `optimize RECIPE --json` prints instead.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Of what `optimize compare --json` prints instead.")
+    ] = False,
 ) -> int:
     """Print the JSON Schema of a recipe.
 
     Editors complete and check recipes with it: see the first line of each recipe.
     """
-    from optimizer.generated import run_schema_text, schema_text
+    from optimizer.generated import compare_schema_text, run_schema_text, schema_text
 
-    typer.echo(run_schema_text() if run else schema_text(), nl=False)
+    if run and compare:
+        raise CommandError("--run, --compare: got both, expected one")
+    typer.echo((run_schema_text if run else compare_schema_text if compare else schema_text)(), nl=False)
     return ExitCode.PASS
 
 
@@ -424,6 +486,13 @@ def _keep_traceback(error: Exception) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="optimize-bug-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     return file.name
+
+
+def _style(is_quiet: bool) -> Literal["live", "plain", "quiet"]:
+    """Return how a run shows what it does."""
+    if is_quiet:
+        return "quiet"
+    return "live" if sys.stderr.isatty() else "plain"
 
 
 def _standard_input() -> str:

@@ -6,7 +6,7 @@ What a model answers to a portion of items is stored; evaluations on the same it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from optimizer.costs import measured
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import Item, TextReader, items_hash, tokens_read
+from optimizer.evaluate.items import Item, TextReader, encoded_again, items_hash, tokens_read
 from optimizer.evaluate.parts import Part
 from optimizer.evaluate.result import TaskResult, joined
 from optimizer.evaluate.result import load as load_result
@@ -23,7 +23,7 @@ from optimizer.exams import Exam
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.gate import Spending, Verdict, judge, noise, require_judgeable
 from optimizer.lock import machine, versions
-from optimizer.recipe import Recipe
+from optimizer.recipe import Policy, Recipe
 from optimizer.record import Judged
 from optimizer.report import Reporter
 from optimizer.store import Store
@@ -33,6 +33,11 @@ from passes.base import ONNX, TORCH, Model
 Results = Mapping[str, TaskResult]
 AGAIN_TOKENS = 2048
 """Tokens that the source is asked twice."""
+Known = Callable[[Model, str, Sequence[Item]], TaskResult | None]
+
+
+def no_answers(model: Model, name: str, items: Sequence[Item]) -> None:
+    """Know nothing: every model is asked."""
 
 
 @dataclass
@@ -44,8 +49,10 @@ class Examined:
         results: the candidate's, on these items.
         source: the source's, on the same items.
         gates: the verdicts.
-        is_scored: something was scored by this run, not found in the store.
+        is_model_scored: the candidate was scored by this run, not found in the store.
+        is_source_scored: the source was.
         score_s: seconds the scoring of the candidate took when it was done.
+        source_s: seconds that of the source took.
         peak_bytes: largest resident memory of the process meanwhile; 0 where that is not measured.
     """
 
@@ -53,21 +60,20 @@ class Examined:
     results: dict[str, TaskResult] = field(default_factory=dict)
     source: dict[str, TaskResult] = field(default_factory=dict)
     gates: tuple[Judged, ...] = ()
-    is_scored: bool = False
+    is_model_scored: bool = False
+    is_source_scored: bool = False
     score_s: float = 0.0
+    source_s: float = 0.0
     peak_bytes: int = 0
 
     def cost(self) -> dict[str, Any]:
         """Return what the scoring took, as a step of the record names it."""
-        return {"is_scored": self.is_scored, "score_s": self.score_s, "score_peak_bytes": self.peak_bytes}
+        is_scored = self.is_model_scored or self.is_source_scored
+        return {"is_scored": is_scored, "score_s": self.score_s, "score_peak_bytes": self.peak_bytes}
 
     def points(self) -> dict[str, float]:
         """Return evaluation and metric -> score of the candidate."""
-        return {
-            f"{name}/{metric}": scores.point
-            for name, result in self.results.items()
-            for metric, scores in result.scores.items()
-        }
+        return points(self.results)
 
 
 @dataclass
@@ -79,9 +85,12 @@ class Examiner:
         source_key: names all that decided it.
         reader: how all models read text.
         noise: evaluation/score -> share of items that the source scores differently when asked again, in other batches.
+        others: evaluation -> how candidates read its texts, where they have another tokenizer.
+        known: gives a model's answers to items of an evaluation that need not be asked; None where it has none.
+        role: how the source is called while it is scored.
     """
 
-    recipe: Recipe
+    recipe: Recipe | Policy
     store: Store
     told: Reporter
     source: Model
@@ -89,6 +98,9 @@ class Examiner:
     threads: int
     reader: TextReader
     noise: dict[str, float] = field(default_factory=dict)
+    others: Mapping[str, TextReader] = field(default_factory=dict)
+    known: Known = no_answers
+    role: str = "source"
 
     @property
     def _kind(self) -> str:
@@ -122,12 +134,14 @@ class Examiner:
         part, before, after = exam.parts[names[0]], list[Results](), list[Results]()
         verdicts: dict[tuple[str, int], Verdict] = {}
         for portion in part.portions:
-            before.append(self._answers("source", self.source, self.source_key, names, portion, None, found))
+            before.append(self._answers(self.role, self.source, self.source_key, names, portion, None, found))
             if model is self.source:
                 self._note(names, part, before, before, found)
                 self._ask_again([name for name in names if self.recipe.limits(name)], portion)
                 return ()
-            after.append(self._answers(what, model, key, names, portion, before[-1], found))
+            other = self.others.get(names[0])
+            asked = encoded_again(portion, other) if other else portion
+            after.append(self._answers(what, model, key, names, asked, before[-1], found))
             self._note(names, part, before, after, found)
             verdicts = {
                 (name, place): self._judged(name, place, found, exam, verdicts.get((name, place)))
@@ -207,17 +221,25 @@ class Examiner:
         found: Examined,
     ) -> Results:
         """Return a model's answers to some items, from the store or from the model."""
+        known = {name: result for name in names if (result := self.known(model, name, items)) is not None}
+        names = [name for name in names if name not in known]
+        if not names:
+            return known
         asked = {name: [items_hash(items, 0), self.recipe.evaluate[name].identity()] for name in names}
         source_key = "" if against is None else self.source_key
         parts = ["scores", self._circumstances, key, asked, self.threads, source_key]
         entry = self.store.get_or_build(
             fingerprint(parts), lambda folder: self._evaluate(what, model, names, items, against, folder)
         )
-        found.is_scored |= entry.is_new
+        if against is None:
+            found.is_source_scored |= entry.is_new
+            found.source_s += entry.meta["seconds"]
+        else:
+            found.is_model_scored |= entry.is_new
         if against is not None or model is self.source:
             found.score_s += entry.meta["seconds"]
             found.peak_bytes = max(found.peak_bytes, entry.meta.get("peak_bytes", 0))
-        return {name: load_result(entry.folder / name) for name in names}
+        return {**known, **{name: load_result(entry.folder / name) for name in names}}
 
     def _evaluate(
         self,
@@ -251,6 +273,13 @@ def _first_few(items: Sequence[Item], answer_tokens: int) -> list[Item]:
         taken.append(item)
         tokens += sum(map(len, item.texts)) + answer_tokens
     return taken
+
+
+def points(results: Results) -> dict[str, float]:
+    """Return evaluation and metric -> score."""
+    return {
+        f"{name}/{metric}": scores.point for name, result in results.items() for metric, scores in result.scores.items()
+    }
 
 
 def weights_bytes(model: Model) -> int:

@@ -19,7 +19,7 @@ from optimizer.statistics.rate import zero_change_floor
 
 if TYPE_CHECKING:
     from optimizer.gate import Budget
-    from optimizer.recipe import Recipe
+    from optimizer.recipe import Policy, Recipe
 
 CORPUS_ITEMS = 500
 """Fewest items for a score that is no mean of its items."""
@@ -61,13 +61,13 @@ class Exams:
         """Decide on the exams of a recipe with these items."""
         alpha, gates = recipe.gate.alpha, sum(len(recipe.limits(name)) for name in items)
         fail_alpha = recipe.gate.fail_alpha or alpha / max(1, gates * len(recipe.passes))
-        asked = {name: _portioned(recipe, name, each) for name, each in items.items()}
+        asked = {name: portioned(recipe, name, each) for name, each in items.items()}
         search = Exam(asked, alpha / recipe.rungs, fail_alpha)
         if recipe.rungs == 1 or not all(_can_split(recipe, name, each) for name, each in items.items()):
             return cls(search, None, 1)
         split = {name: halves(each) for name, each in items.items()}
         choosing = {name: whole(first) for name, (first, _) in split.items()}
-        judging = {name: _portioned(recipe, name, rest) for name, (_, rest) in split.items() if recipe.limits(name)}
+        judging = {name: portioned(recipe, name, rest) for name, (_, rest) in split.items() if recipe.limits(name)}
         fail_alpha = recipe.gate.fail_alpha or alpha / max(1, gates)
         last = Exam(judging, alpha, fail_alpha, "certify")
         return cls(replace(search, parts=choosing, alpha=alpha, name="search"), last, recipe.rungs)
@@ -80,7 +80,8 @@ class Exams:
         return replace(self.last, alpha=share * self.last.alpha, fail_alpha=share * self.last.fail_alpha)
 
 
-def _portioned(recipe: Recipe, name: str, items: Sequence[Item]) -> Part:
+def portioned(recipe: Recipe | Policy, name: str, items: Sequence[Item]) -> Part:
+    """Return the items of an evaluation in the portions in which they are asked for."""
     return topped_up(items) if isinstance(getattr(recipe.evaluate[name], "items", None), TopUp) else whole(items)
 
 

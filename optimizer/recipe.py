@@ -21,7 +21,7 @@ from optimizer.errors import CommandError, Mistake, RecipeError
 from optimizer.evaluate.task import Task, TaskBudget
 from optimizer.hub import HubId
 from optimizer.quantities import check_ranges
-from optimizer.reader import BAD, Reader, Special, join, one_of, suggest
+from optimizer.reader import BAD, Reader, Special, join, one_of, recipe_fields, suggest
 from optimizer.sensitivity import kept_formats
 from optimizer.speed import LatencyBudget, RateBudget, SpeedLimit
 from passes.base import ONNX, TORCH, Pass, Stage
@@ -213,9 +213,7 @@ class Recipe:
 
     def limits(self, evaluation: str) -> tuple[Any, ...]:
         """Return the `gate.Budget` of each metric of an evaluation; empty when it is only reported."""
-        if evaluation not in self.gate.budgets:
-            return ()
-        return self.gate.budgets[evaluation].limits(self.evaluate[evaluation])
+        return _limits(self.gate, self.evaluate, evaluation)
 
     def fallback(self, index: int) -> Fallback:
         """Return what follows where the gate after a pass fails."""
@@ -240,6 +238,29 @@ class Recipe:
         return names.index(pass_name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """On what two artifacts are compared, and what the second may lose against the first: sections of a recipe.
+
+    Attributes:
+        is_recipe: it stands in a whole recipe, whose budgets of size and speed count against the source there.
+    """
+
+    target: Target = field(default=Target(), metadata={"help": "where the artifacts run"})
+    data: Mapping[str, DataSource] = field(default_factory=dict, metadata={"help": "texts, by name"})
+    evaluate: Mapping[str, Task] = field(default_factory=dict, metadata={"help": "what is scored"})
+    gate: Gate = field(default=Gate(), metadata={"help": "what each score may lose against the baseline"})
+    is_recipe: bool = field(default=False, metadata={"in_recipe": False})
+
+    def limits(self, evaluation: str) -> tuple[Any, ...]:
+        """Return the `gate.Budget` of each metric of an evaluation; empty when it is only reported."""
+        return _limits(self.gate, self.evaluate, evaluation)
+
+
+def _limits(gate: Gate, tasks: Mapping[str, Task], evaluation: str) -> tuple[Any, ...]:
+    return gate.budgets[evaluation].limits(tasks[evaluation]) if evaluation in gate.budgets else ()
+
+
 def load(path: Path | str, settings: Sequence[str] = (), *, choices: Catalogue | None = None) -> Recipe:
     """Read a recipe from a file, with `--set` settings applied.
 
@@ -248,8 +269,27 @@ def load(path: Path | str, settings: Sequence[str] = (), *, choices: Catalogue |
         RecipeError: the recipe is wrong; holds every mistake.
     """
     path = Path(path)
+    return parse(_text_of(path), str(path), (path.resolve().parent, Path.cwd()), settings, choices=choices)
+
+
+def load_policy(path: Path, settings: Sequence[str] = (), *, choices: Catalogue | None = None) -> Policy:
+    """Read a policy from a file: sections of a recipe, or a whole recipe, of which the others are not looked at.
+
+    Raises:
+        CommandError: there is no such file.
+        RecipeError: the policy is wrong; holds every mistake.
+    """
+    root = compose(_text_of(path), str(path))
+    mistakes = override(root, settings)
+    reader = _RecipeReader((path.resolve().parent, Path.cwd()), choices or catalogue.installed())
+    policy = reader.read_policy(root)
+    _require_none([*mistakes, *reader.reader.mistakes])
+    return policy
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         column = error.start - error.object.rfind(b"\n", 0, error.start)
@@ -257,7 +297,6 @@ def load(path: Path | str, settings: Sequence[str] = (), *, choices: Catalogue |
         raise RecipeError([mistake]) from None
     except OSError as error:
         raise CommandError(f"{path}: cannot be read, {(error.strerror or str(error)).lower()}") from None
-    return parse(text, str(path), (path.resolve().parent, Path.cwd()), settings, choices=choices)
 
 
 def parse(
@@ -273,13 +312,16 @@ def parse(
     mistakes = override(root, settings)
     reader = _RecipeReader(folders, choices or catalogue.installed())
     recipe = reader.read(root)
-    mistakes += reader.reader.mistakes
-    if mistakes:
-        raise RecipeError(sorted(mistakes, key=lambda mistake: (mistake.file, mistake.line, mistake.column)))
+    _require_none([*mistakes, *reader.reader.mistakes])
     if not settings:
         return replace(recipe, text=text)
     comment = " ".join(settings).replace("\n", " ")
     return replace(recipe, text=f"# with {comment}\n{yaml.serialize(root)}")
+
+
+def _require_none(mistakes: Sequence[Mistake]) -> None:
+    if mistakes:
+        raise RecipeError(sorted(mistakes, key=lambda mistake: (mistake.file, mistake.line, mistake.column)))
 
 
 class _RecipeReader:
@@ -308,6 +350,35 @@ class _RecipeReader:
         if recipe is BAD:
             return BAD
         return replace(recipe, model_folder=self.reader.find(recipe.model), fallbacks=self.fallbacks)
+
+    def read_policy(self, root: Node) -> Policy:
+        def ignored(node: Node, where: str) -> None:
+            pass
+
+        def data(node: Node, where: str) -> Any:
+            entries = self.reader.entries(node, where)
+            self.data |= dict.fromkeys(entries, BAD)  # what no evaluation reads may be elsewhere, as calibration texts
+            used = {name: entry for name, entry in entries.items() if name in self._data_used(root)}
+            self.data |= {
+                name: self.reader.record(each.value, DataSource, join(where, name)) for name, each in used.items()
+            }
+            return {name: self.data[name] for name in used}
+
+        others = dict.fromkeys(recipe_fields(Recipe).keys() - recipe_fields(Policy).keys(), ignored)
+        sections = {"target": self._target, "data": data, "evaluate": self._evaluate, "gate": self._gate}
+        policy = self.reader.record(root, Policy, "", {**others, **sections})
+        self.reader.check_references({"data": self.data})
+        if policy is BAD:
+            return BAD
+        return replace(policy, is_recipe="passes" in self.reader.entries(root, ""))
+
+    def _data_used(self, root: Node) -> set[str]:
+        """Return the entries of `data` that evaluations name; mistakes in them are told when they are read."""
+        silent = Reader()
+        section = silent.entries(root, "").get("evaluate")
+        tasks = silent.entries(section.value, "").values() if section else ()
+        named = [silent.entries(task.value, "").get("data") for task in tasks]
+        return {str(scalar(each.value)) for each in named if each and isinstance(each.value, ScalarNode)}
 
     def _model(self, node: Node, where: str) -> Any:
         value = self.reader.value(node, str, where)

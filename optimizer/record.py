@@ -15,6 +15,8 @@ from optimizer.speed import SpeedVerdict, Timing
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Effect = Literal["worse", "better", "other"]
+Role: TypeAlias = Literal["baseline", "candidate", "pinned"]
+Answers: TypeAlias = Literal["scored", "stored", "evidence", "not asked"]
 PartName: TypeAlias = Literal["", "search", "certify"]
 FORMAT = 1
 """Of the document that `--json` prints; a program that reads it checks this first."""
@@ -234,12 +236,12 @@ class Compared:
         score_s: seconds the scoring took when it was done.
     """
 
-    role: Literal["baseline", "candidate", "pinned"]
+    role: Role
     folder: str
     digest: str
     bytes: int
     scores: Mapping[str, float]
-    answers: Literal["scored", "stored", "evidence", "not asked"]
+    answers: Answers
     score_s: float
 
 

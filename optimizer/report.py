@@ -131,7 +131,7 @@ def comparison_lines(compared: Comparison) -> Iterator[str]:
             yield f"{'' if number else head:<{len(head)}}  {line}"
         yield from _remarks(each.gates)
     yield from compared.notes
-    yield f"{compared.outcome}, {compared.seconds:.1f} s"
+    yield f"{compared.outcome.upper()}, {compared.seconds:.1f} s"
 
 
 def score_text(judged: Judged) -> str:

@@ -1,4 +1,4 @@
-"""What the dataclasses say, for people and programs: JSON Schemas of a recipe and of a run, and the table of passes."""
+"""What the dataclasses say: JSON Schemas of recipe, run and comparison for programs, the table of passes for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from optimizer.catalogue import Catalogue
 from optimizer.reader import alternatives, describe_option, hints, is_required, recipe_fields
 from optimizer.recipe import Gate, Keep, OnFail, Recipe
-from optimizer.record import FORMAT, Run, SizeVerdict
+from optimizer.record import FORMAT, Against, Comparison, Run, SizeVerdict
 from passes.base import Pass
 
 JsonSchema = dict[str, Any]
@@ -35,14 +35,30 @@ def recipe_schema(choices: Catalogue) -> JsonSchema:
 
 def run_schema() -> JsonSchema:
     """Return the JSON Schema (draft 7) of what `optimize RECIPE --json` prints."""
-    schema = document_schema(Run)
+    return _told(Run, "optimize run", {"size": _size_schema()})
+
+
+def compare_schema() -> JsonSchema:
+    """Return the JSON Schema (draft 7) of what `optimize compare --json` prints."""
+    against = document_schema(Against)
+    against["properties"]["size"] = _size_schema()
+    return _told(Comparison, "optimize compare", {"against": {"type": "array", "items": against}})
+
+
+def _told(kind: type, title: str, changes: JsonSchema) -> JsonSchema:
+    """Return the schema of a record, with its format and exit code before all else."""
+    schema = document_schema(kind)
     added = {"format": {"const": FORMAT}, "exit_code": {"enum": [0, 1, 3]}}
+    schema["properties"] = added | schema["properties"] | changes
+    schema["required"] = list(schema["properties"])
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title, **schema}
+
+
+def _size_schema() -> JsonSchema:
     size = document_schema(SizeVerdict)
     more = {"ratio": {"type": "number"}, "outcome": {"enum": ["pass", "fail"]}}
     size |= {"properties": size["properties"] | more, "required": [*size["required"], *more]}
-    schema["properties"] = added | schema["properties"] | {"size": {"anyOf": [size, {"type": "null"}]}}
-    schema["required"] = list(schema["properties"])
-    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "optimize run", **schema}
+    return {"anyOf": [size, {"type": "null"}]}
 
 
 def document_schema(kind: Any) -> JsonSchema:

@@ -5,8 +5,9 @@ A task that has answers (a class, a choice, a text, the most likely next token) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -66,10 +67,20 @@ def find_flips(
         if isinstance(task, Answering) and (found := task.flips(items[name], before[name], after[name], reader))
     }
     shares = _shares([len(found.order) for found in changed.values()], SHOWN)
+    told = set[tuple[str, str, str]]()
     return tuple(
-        Flips(name, found.changed, found.answers, found.unit, tuple(map(found.tell, found.order[:share])))
+        Flips(name, found.changed, found.answers, found.unit, tuple(islice(_new(found, told), share)))
         for (name, found), share in zip(changed.items(), shares, strict=True)
     )
+
+
+def _new(found: Changed, told: set[tuple[str, str, str]]) -> Iterator[Flip]:
+    """Tell the changed items but those that another task on the same texts has told already; note them in `told`."""
+    for flip in map(found.tell, found.order):
+        key = flip.input, flip.before, flip.after
+        if key not in told:
+            told.add(key)
+            yield flip
 
 
 def _shares(wanted: Sequence[int], most: int) -> list[int]:

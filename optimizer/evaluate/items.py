@@ -222,8 +222,9 @@ class TextReader:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token(self, number: int) -> str:
-        """Return what one token stands for, the name of a token that stands for no text."""
-        return self.decode([number]) or self.tokenizer.id_to_token(number) or str(number)
+        """Return what one token stands for, the name of a token that stands for no whole characters."""
+        text = self.decode([number])
+        return text if text and "\ufffd" not in text else self.tokenizer.id_to_token(number) or str(number)
 
     def label(self, number: int) -> str:
         """Return the name of a class."""

@@ -275,3 +275,27 @@ def edit_json(path: Path, changes: Mapping[str, Any]) -> None:
     """Set keys of a JSON file; None removes one."""
     content = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}), encoding="utf-8")
+
+
+def altered(artifact: Path, folder: Path, noise: float = 0.0) -> Path:
+    """Copy an artifact with noise on its float weights, in units of each tensor's deviation; 0 changes no answer."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    from runtime.artifact import verify, write_manifest
+
+    manifest = verify(artifact)
+    shutil.copytree(artifact, folder)
+    model = onnx.load(folder / "model.onnx")
+    model.doc_string = f"noise {noise}"
+    numbers = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.ndim > 1 and noise:
+            values = values + (noise * values.std() * numbers.normal(size=values.shape)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    (folder / "model.onnx.data").unlink()
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    write_manifest(folder, manifest)
+    return folder

@@ -11,7 +11,20 @@ from optimizer.errors import CannotRun, CommandError, Mistake, RecipeError
 from passes.base import PassError
 from runtime.errors import ArtifactError, SamplingError
 
-COMMANDS = ("run", "plan", "passes", "schema", "verify", "generate", "predict", "embed", "rerank", "clean", "init")
+COMMANDS = (
+    "run",
+    "plan",
+    "passes",
+    "schema",
+    "verify",
+    "generate",
+    "predict",
+    "embed",
+    "rerank",
+    "clean",
+    "init",
+    "compare",
+)
 
 
 def modules_loaded_by(*commands: list[str]) -> set[str]:

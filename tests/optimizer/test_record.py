@@ -1,17 +1,19 @@
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
 import pytest
+from test_markdown import COMPARISON
 from test_report import FASTER, PASSED, RUN, STEP, TIMING, Judged
 
 from optimizer.cli import main
 from optimizer.errors import ExitCode
-from optimizer.generated import RUN_SCHEMA, run_schema_text
+from optimizer.generated import COMPARE_SCHEMA, RUN_SCHEMA, compare_schema_text, run_schema_text
 from optimizer.record import Run, SizeVerdict, Step
-from optimizer.schema import run_schema
+from optimizer.schema import compare_schema, run_schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,10 +81,35 @@ def test_schema_tells_what_the_fields_mean() -> None:
     assert step["properties"]["gates"]["items"]["properties"]["verdict"]["properties"]["limit"]["description"]
 
 
-def test_published_schema_is_current() -> None:
-    assert (ROOT / RUN_SCHEMA).read_text(encoding="utf-8") == run_schema_text(), "run: make fix"
+PUBLISHED = [("--run", RUN_SCHEMA, run_schema_text), ("--compare", COMPARE_SCHEMA, compare_schema_text)]
 
 
-def test_command_prints_the_published_schema(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["schema", "--run"]) == 0
-    assert capsys.readouterr().out == run_schema_text()
+@pytest.mark.parametrize(("option", "path", "text"), PUBLISHED)
+def test_published_schema_is_current(option: str, path: Path, text: Callable[[], str]) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == text(), "run: make fix"
+
+
+@pytest.mark.parametrize(("option", "path", "text"), PUBLISHED)
+def test_command_prints_the_published_schema(
+    option: str, path: Path, text: Callable[[], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schema", option]) == 0
+    assert capsys.readouterr().out == text()
+
+
+def test_two_schemas_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", "--run", "--compare"]) == 2
+    assert capsys.readouterr().err == "--run, --compare: got both, expected one\n"
+
+
+def test_document_of_every_kind_of_comparison_fits_the_schema() -> None:
+    validator = jsonschema.Draft7Validator(compare_schema())
+    validator.check_schema(compare_schema())
+    broken = replace(COMPARISON.against[0].gates[0].verdict, upper=math.inf, outcome="fail")
+    failed = replace(COMPARISON.against[0], gates=(Judged("p", broken),), size=None)
+    for compared in (COMPARISON, replace(COMPARISON, against=(failed, failed), notes=())):
+        document = json.loads(compared.to_json())
+        validator.validate(document)
+        assert document["exit_code"] == compared.exit_code
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(json.loads(COMPARISON.to_json()) | {"colour": 1})

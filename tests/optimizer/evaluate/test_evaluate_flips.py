@@ -170,12 +170,21 @@ def test_shares_are_even_and_nothing_is_left_that_someone_wants(wanted, most):
 
 def test_a_run_tells_twenty(reader):
     task = Classification(data="d")
-    items = [Item((2,), str(number), 0) for number in range(50)]
+    items = [Item((2,) * (1 + number), str(number), 0) for number in range(50)]
     before, after = one_hot([0] * 50, 3), one_hot([1] * 50, 3)
     source = evaluate({"t": task}, {"t": items}, FakeScorer(before, "classifier"))
     model = evaluate({"t": task}, {"t": items}, FakeScorer(after, "classifier"))
     (found,) = find_flips({"t": task}, {"t": items}, source, model, reader("classifier"))
     assert (found.changed, len(found.shown)) == (50, SHOWN)
+
+
+def test_what_one_task_told_of_a_text_another_does_not_tell_again(reader):
+    tasks = {"accuracy": Classification(data="d"), "same": Agreement(data="d")}
+    items = {name: [Item((2,), "0", 0), Item((3,), "1", 0)] for name in tasks}
+    source = evaluate(tasks, items, FakeScorer(one_hot([0, 0], 3), "classifier"))
+    model = evaluate(tasks, items, FakeScorer(one_hot([1, 2], 3), "classifier"), source)
+    found = find_flips(tasks, items, source, model, reader("classifier"))
+    assert [(each.changed, len(each.shown)) for each in found] == [(2, 2), (2, 0)]
 
 
 def test_long_texts_are_cut():

@@ -10,27 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from optimizer.errors import CannotRun
-from optimizer.evaluate.data import read_rows
 from optimizer.evaluate.flips import find_flips
-from optimizer.evaluate.items import Item, items_hash, make_items, shuffled
+from optimizer.evaluate.items import items_hash
 from optimizer.examiner import Examined, Examiner, weights_bytes
 from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint
 from optimizer.maker import Maker
 from optimizer.openings import Openings, opened
 from optimizer.package import GRAPH
+from optimizer.ranking import choosing_texts, rank
 from optimizer.recipe import Keep, Recipe, Skip, changes_weights, rung_text
 from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, label
-from optimizer.sensitivity import keep, sensitivity
+from optimizer.sensitivity import keep
 from optimizer.speed import SpeedVerdict, Timing
 from optimizer.speed_restarts import Setup, measure
 from optimizer.store import Store
 from passes._kind import kind_of, vocabulary_size
 from passes.base import Model, Pass, PassError
-
-RANKING_ITEMS, RANKING_CONTEXT = 64, 512
-"""Texts, and tokens of each, by which `keep` ranks layers."""
 
 
 @dataclass(frozen=True)
@@ -182,33 +179,14 @@ class Chain:
     def _keeping(self, first: Pass, chosen: Keep, index: int) -> Pass:
         """Return the pass with the layers it damages most in another format."""
         before = self.path[-1]
-        after, entry = self.maker.make(first, index, before.model, before.key, first.name())
-        with self.told.progress(f"{first.name()}: damage of single layers") as progress:
-            damages = sensitivity(
-                before.model,
-                after,
-                self._ranking_items(first, chosen, index),
-                store=self.store,
-                key=entry.key,
-                threads=self.maker.threads,
-                progress=progress,
-            )
-        return keep(first, [layer for damage in damages[: chosen.worst] for layer in damage.layers], chosen.format)
-
-    def _ranking_items(self, first: Pass, chosen: Keep, index: int) -> list[Item]:
-        """Return texts that no verdict rests on, to rank layers by: those that choose, or calibration texts."""
-        if chosen.calibration is not None:
-            rows = shuffled(read_rows(self.recipe.data[chosen.calibration]))
-            return make_items(rows, self.maker.reader, RANKING_CONTEXT, bos=True, limit=RANKING_ITEMS)
-        if self.exams.last is not None:
-            return next(iter(self.exams.search.parts.values())).items[:RANKING_ITEMS]
-        shown = [ids for texts in self.maker.shown(first, index).values() for ids in texts]
-        if not shown:
+        texts = choosing_texts(self.maker, self.exams, index, chosen.calibration)
+        if texts is None:
             raise CannotRun(
                 f"passes.{index}.otherwise: keep: too few items to set some aside for choosing layers; add "
                 "`calibration: NAME`, an entry of `data` with other texts"
             )
-        return [Item(ids, str(number)) for number, ids in enumerate(shown[:RANKING_ITEMS])]
+        worst = rank(self.maker, index, before.model, before.key, texts).layers[: chosen.worst]
+        return keep(first, [name for layer in worst for name in layer.layers], chosen.format)
 
     def _has_rungs(self, index: int) -> bool:
         return self.rungs[index] < len(self.recipe.fallback(index).otherwise)

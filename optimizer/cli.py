@@ -194,6 +194,51 @@ def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) ->
 
 
 @app.command()
+def sensitivity(
+    recipe: RecipePath,
+    *,
+    settings: Settings = None,
+    step: Annotated[
+        str | None, typer.Option("--pass", metavar="PASS", help="Another quantizing pass than the recipe's first.")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(min=2, help="Most texts to measure with; 32 of a decoder, 256 of others if not given.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a drawing (.svg) or the whole table (.md) besides.")
+    ] = None,
+    store: StoreFolder = None,
+    json: AsJson = False,
+) -> int:
+    """Say which layers a quantizing pass hurts most.
+
+    Changes one layer at a time and measures how far the model's answers move, on calibration texts if the recipe has
+    any, else on those of its first evaluation that judge nothing; gates are not asked. Slow the first time: about half
+    a scoring for every layer.
+    """
+    from optimizer.recipe import load
+
+    checked = load(recipe, settings or ())
+
+    from optimizer.pipeline import damages
+    from optimizer.sensitivity_report import lines, require_writable, write
+
+    if output is not None:
+        require_writable(output)
+    live: Literal["live", "plain"] = "live" if sys.stderr.isatty() else "plain"
+    found = damages(checked, pass_name=step, items=items, store=store, reporter="quiet" if json else live)
+    if json:
+        typer.echo(found.to_json())
+    else:
+        has_blocks = (sys.stdout.encoding or "").lower().startswith("utf")
+        typer.echo("\n".join([*lines(found, has_blocks=has_blocks), f"{found.seconds:.1f} s"]))
+    if output is not None:
+        write(found, output)
+        typer.echo(f"wrote {output}", err=json)
+    return ExitCode.PASS
+
+
+@app.command()
 def passes(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print README's table.")] = False,
 ) -> int:
@@ -382,7 +427,7 @@ def rerank(
     threads: Threads = None,
     json: AsJson = False,
 ) -> int:
-    """Order the lines of standard input by how well they fit a query.
+    """Order the lines of standard input by their fit to a query.
 
     Prints score and document, best first; with --json also its place among the lines.
     """

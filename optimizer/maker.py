@@ -82,7 +82,7 @@ class Maker:
         import torch
 
         torch.set_num_threads(self.threads)
-        _give_back_freed_memory()
+        give_back_freed_memory()
         torch.manual_seed(SEED)
         context = self._context(folder, progress, self.shown(each, index))
         is_new = not any(folder.iterdir())
@@ -123,7 +123,7 @@ def _pass_identity(each: Pass) -> dict[str, Any]:
     return {"name": each.name(), "options": options_of(each), "code": source_fingerprint(module)}
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Let glibc return every freed block of a megabyte and more to the system at once.
 
     Left alone it raises that threshold to 32 MiB by itself, and blocks of weights that come and go leave a heap that

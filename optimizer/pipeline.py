@@ -21,9 +21,11 @@ from optimizer.maker import SEED, Maker, hashes, options_of
 from optimizer.markdown import report
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
 from optimizer.quiet import quiet_libraries
+from optimizer.ranking import quantizing_pass, rank, shown_texts
 from optimizer.recipe import Recipe
 from optimizer.record import Run
 from optimizer.report import Reporter, Style
+from optimizer.sensitivity import Sensitivity
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.speed_restarts import require_measurable
 from optimizer.store import Store, default_limit, default_root
@@ -54,6 +56,38 @@ def run(
         raise CannotRun(str(error)) from error
 
 
+def damages(
+    recipe: Recipe,
+    *,
+    pass_name: str | None = None,
+    items: int | None = None,
+    store: Path | None = None,
+    reporter: Style = "quiet",
+) -> Sensitivity:
+    """Measure what a recipe's first quantizing pass, or the named one, does to each layer of the model before it.
+
+    Args:
+        recipe: a checked recipe; its gates are not asked.
+        pass_name: of another pass than the first.
+        items: texts to measure with; None for as many as usual.
+        store: where passes keep their work.
+        reporter: as for `optimizer.run`.
+
+    Raises:
+        CommandError: no pass of the recipe quantizes, or not the named one; there are no texts.
+        OptimizeError: the work cannot be done, or a pass refused the model.
+    """
+    index, told = quantizing_pass(recipe, pass_name), Reporter(reporter)
+    try:
+        with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
+            source, maker, exams = _load(recipe, opened, told)
+            texts = shown_texts(maker, exams, index, items)
+            model, key = _before(index, maker, fingerprint(source_identity(source, opened)))
+            return rank(maker, index, model, key, texts)
+    except (PassError, ServingError) as error:
+        raise CannotRun(str(error)) from error
+
+
 def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | None, keep: bool, told: Reporter) -> Run:
     start = time.perf_counter()
     require_replaceable(folder)
@@ -71,8 +105,8 @@ def _run(recipe: Recipe, folder: Path, store: Path | None, stop_after: str | Non
     return done
 
 
-def _begin(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Chain]:
-    """Load, check and score the source; refuse what the passes can refuse before any work."""
+def _load(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Maker, Exams]:
+    """Load and check the source, and read the texts."""
     with told.progress("loading") as progress:
         source = load_source(recipe.model, recipe.model_folder, progress)
         _require_sizes(source.model)
@@ -85,11 +119,31 @@ def _begin(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Chain]
     maker = Maker(recipe, store, told, source.model, threads, reader, items)
     for index, each in enumerate(recipe.passes):
         maker.shown(each, index)
+    return source, maker, Exams.of(recipe, items)
+
+
+def _begin(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Chain]:
+    """Load, check and score the source; refuse what the passes can refuse before any work."""
+    source, maker, exams = _load(recipe, store, told)
+    for index, each in enumerate(recipe.passes):
         if not each.optional and not recipe.fallback(index).otherwise:
             maker.admit(each)
     key = fingerprint(source_identity(source, store))
-    examiner = Examiner(recipe, store, told, source.model, key, threads, reader)
-    return source, Chain(recipe, store, told, Exams.of(recipe, items), examiner, maker)
+    examiner = Examiner(recipe, store, told, source.model, key, maker.threads, maker.reader)
+    return source, Chain(recipe, store, told, exams, examiner, maker)
+
+
+def _before(index: int, maker: Maker, key: str) -> tuple[Model, str]:
+    """Return the model that a pass takes where no gate is asked, and what names all that decided it."""
+    model = maker.source
+    for place, each in enumerate(maker.recipe.passes[:index]):
+        try:
+            model, entry = maker.make(each, place, model, key, each.name())
+            key = entry.key
+        except PassError:
+            if not each.optional:
+                raise
+    return model, key
 
 
 def _package(folder: Path, done: Run, source: Source, chain: Chain) -> str:

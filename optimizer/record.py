@@ -219,7 +219,7 @@ class Run:
     def to_json(self) -> str:
         """Return the run as one JSON document; numbers that JSON cannot say are null."""
         content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self), "size": _told_size(self.size)}
-        return json.dumps(_sayable(content), indent=1, sort_keys=True)
+        return json.dumps(sayable(content), indent=1, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class Comparison:
         """Return the comparison as one JSON document; numbers that JSON cannot say are null."""
         against = [{**asdict(each), "size": _told_size(each.size)} for each in self.against]
         content = {"format": FORMAT, "exit_code": int(self.exit_code), **asdict(self), "against": against}
-        return json.dumps(_sayable(content), indent=1, sort_keys=True)
+        return json.dumps(sayable(content), indent=1, sort_keys=True)
 
 
 EXIT_CODES: Mapping[Outcome, ExitCode] = {
@@ -324,9 +324,10 @@ def _told_size(size: SizeVerdict | None) -> Mapping[str, Any] | None:
     return None if size is None else {**asdict(size), "ratio": size.ratio, "outcome": size.outcome}
 
 
-def _sayable(value: Any) -> Any:
+def sayable(value: Any) -> Any:
+    """Return a value with null in the place of numbers that JSON cannot say, whatever it is nested in."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _sayable(item) for key, item in value.items()}
-    return [_sayable(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: sayable(item) for key, item in value.items()}
+    return [sayable(item) for item in value] if isinstance(value, list | tuple) else value

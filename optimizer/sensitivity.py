@@ -9,9 +9,10 @@ the rest of the model run; nothing is extrapolated.
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
@@ -23,6 +24,7 @@ from optimizer.evaluate.distributions import blocks
 from optimizer.evaluate.items import Item, items_hash
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.lock import machine, versions
+from optimizer.record import sayable
 from optimizer.statistics.clusters import sum_by_group
 from optimizer.statistics.ratio import document_deviation
 from optimizer.store import Entry, Store
@@ -34,10 +36,18 @@ if TYPE_CHECKING:
     from passes._skeleton import Skeleton
 
 Array = NDArray[np.float64]
+FORMAT = 1
 RESULT = "damage.npz"
+UNITS = {
+    "decoder": "KL, nats per token",
+    "classifier": "KL, nats per text",
+    "embedder": "squared change of vectors over their squares",
+    "reranker": "squared change of scores over their squares",
+}
 PASSES = 64
 """Most forward passes in one walk; each is a thread, whose matrix products keep some 5 MB for themselves."""
 PROBE_TOKENS = 8
+LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class LayerDamage:
         damage: mean over all tokens (decoder), texts (classifier) or squares (embedder, reranker); NaN where an answer
             was no number.
         standard_error: of `damage`, whole documents being the units; NaN for a single one.
+        low, high: one-sided 95 % bounds of `damage`, by Student's t; NaN for a single document.
         saved_bytes: how much less the layer takes.
     """
 
@@ -57,7 +68,46 @@ class LayerDamage:
     format: str
     damage: float
     standard_error: float
+    low: float
+    high: float
     saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a pass does to each layer alone.
+
+    Attributes:
+        name: of the recipe.
+        step: the pass.
+        place: of the pass in the chain, from 0.
+        texts: in words, what the damage was measured with.
+        items: how many texts that is.
+        tokens: how many tokens.
+        unit: what `damage` counts.
+        seconds: the measurement took, or finding it in the store.
+        layers: worst first.
+    """
+
+    name: str
+    step: str
+    place: int
+    texts: str
+    items: int
+    tokens: int
+    unit: str
+    seconds: float
+    layers: tuple[LayerDamage, ...]
+
+    def share(self, layer: LayerDamage) -> float:
+        """Return a layer's share of the sum of all damages; NaN where it has no number."""
+        total = sum(each.damage for each in self.layers if math.isfinite(each.damage))
+        return layer.damage / total if total > 0 else math.nan
+
+    def to_json(self) -> str:
+        """Return all of it, and each layer's share, as one JSON document; numbers that JSON cannot say are null."""
+        layers = [{**asdict(layer), "share": self.share(layer)} for layer in self.layers]
+        return json.dumps(sayable({"format": FORMAT, **asdict(self), "layers": layers}), indent=1)
 
 
 def sensitivity(
@@ -83,6 +133,9 @@ def sensitivity(
         key: names all that decided `after`.
         threads: threads torch may use; None leaves its setting alone.
         progress: told how many tokens, each counted once for every layer, are done.
+
+    Raises:
+        PassError: no layer is quantized in `after` that is not in `before`.
     """
     texts = _texts(items, after)
     asked = fingerprint(["sensitivity", _code(), key, items_hash(texts, 0), threads, versions(), machine()])
@@ -143,6 +196,7 @@ def _measure(
     import torch
 
     from optimizer.evaluate.scorers import answering
+    from optimizer.maker import give_back_freed_memory
     from passes._files import atomic_write
     from passes._kind import kind_of
     from passes._sensitivity import replays, saved_bytes, variants_of
@@ -150,8 +204,11 @@ def _measure(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    give_back_freed_memory()
     kind, source, changed = kind_of(before.config), Skeleton(before), Skeleton(after)
     variants = variants_of(source, changed)
+    if not variants:
+        raise PassError("damage of single layers: the pass quantizes none, so there is nothing to rank")
     layers = [
         {
             "layers": each.layers,
@@ -184,15 +241,19 @@ def _measure(
 
 
 def _damages(entry: Entry) -> tuple[LayerDamage, ...]:
+    from scipy.special import stdtrit
+
     with np.load(entry.folder / RESULT, allow_pickle=False) as archive:
         damage, sizes, groups = archive["damage"], archive["sizes"], archive["groups"]
     units = sum_by_group(sizes, groups)
+    far = float(stdtrit(len(units) - 1, LEVEL)) if len(units) > 1 else math.nan
     found = []
     for layer, values in zip(entry.meta["layers"], damage, strict=True):
         sums = sum_by_group(values, groups)
         error = document_deviation(sums, units) / math.sqrt(len(sums)) if len(sums) > 1 else math.nan
-        named = {"layers": tuple(layer["layers"]), "format": layer["format"], "saved_bytes": layer["saved_bytes"]}
-        found.append(LayerDamage(damage=float(sums.sum() / units.sum()), standard_error=error, **named))
+        mean = float(sums.sum() / units.sum())
+        bounds = max(mean - far * error, 0.0), mean + far * error
+        found.append(LayerDamage(tuple(layer["layers"]), layer["format"], mean, error, *bounds, layer["saved_bytes"]))
     return tuple(sorted(found, key=lambda each: -math.inf if math.isnan(each.damage) else -each.damage))
 
 

@@ -14,6 +14,7 @@ from runtime.errors import ArtifactError, SamplingError
 COMMANDS = (
     "run",
     "plan",
+    "sensitivity",
     "passes",
     "schema",
     "verify",

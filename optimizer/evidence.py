@@ -128,8 +128,8 @@ def _compare_accuracy(question: Question) -> Evidence:
     losses = before.astype(np.float64) - after
     lost, gained, n = int(np.sum(losses > 0)), int(np.sum(losses < 0)), question.n
     effect = paired.grouped_design_effect(losses, question.source.groups) if question.is_grouped else 1.0
-    against_pass = _shrink(lost, gained, n, effect)
-    more_gained, fewer_lost, effective = _shrink(gained, lost, n, effect)
+    against_pass = paired.shrunk(lost, gained, n, effect)
+    more_gained, fewer_lost, effective = paired.shrunk(gained, lost, n, effect)
     limit = question.limit
     floor = rate.zero_change_floor(limit, question.alpha)
     needed = paired.items_needed(limit, (lost + gained) / n, question.planned)
@@ -150,13 +150,6 @@ def _compare_accuracy(question: Question) -> Evidence:
         mcnemar_p=None if question.is_grouped else paired.mcnemar_p(lost, gained),
         spread=(lost + gained) / n,
     )
-
-
-def _shrink(hurting: int, helping: int, n: int, effect: float) -> tuple[int, int, int]:
-    """Divide counts by a design effect, rounded against the claim: more that hurts, less that helps, fewer in all."""
-    effective = max(1, math.floor(n / effect))
-    more = min(math.ceil(hurting / effect), effective)
-    return more, min(math.floor(helping / effect), effective - more), effective
 
 
 def _compare_perplexity(question: Question) -> Evidence:

@@ -234,6 +234,13 @@ def grouped_design_effect(losses: Array, groups: Sequence[str]) -> float:
     return design_effect(sum_by_group(losses, groups), sum_by_group(np.ones(len(losses)), groups), unit_variance)
 
 
+def shrunk(hurting: int, helping: int, n: int, effect: float) -> tuple[int, int, int]:
+    """Divide counts by a design effect, rounded against the claim: more that hurts, less that helps, fewer in all."""
+    effective = max(1, math.floor(n / effect))
+    more = min(math.ceil(hurting / effect), effective)
+    return more, min(math.floor(helping / effect), effective - more), effective
+
+
 def mcnemar_p(lost: int, gained: int) -> float:
     """Return the exact two-sided p-value of "the models are right equally often": evidence of any difference.
 

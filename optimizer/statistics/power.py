@@ -75,22 +75,21 @@ def _region(n: int, margin: float, level: float, is_rough: bool) -> NDArray[np.i
 
 def chances(taken: Sequence[Look], discordance: float, loss: float = 0.0) -> Chances:
     """Return how a gate ends where a share `discordance` of the items changes and `loss` more are lost than gained."""
-    state, items = _Counts(np.ones((1, 1)), 0, 0), 0
+    state, items = Counts(np.ones((1, 1)), 0, 0), 0
     passed = failed = expected = 0.0
     for look in taken:
         state = state.after(look.n - items, (discordance + loss) / 2, (discordance - loss) / 2)
         expected += (look.n - items) * (1 - passed - failed)
         items = look.n
-        lost, gained = state.lost[:, None], state.gained[None, :]
-        passes, fails = lost <= look.passes[gained], gained <= look.fails[lost]
+        passes, fails = state.lost <= look.passes[state.gained], state.gained <= look.fails[state.lost]
         passed += float(state.mass[passes].sum())
         failed += float(state.mass[fails].sum())
-        state = _Counts(np.where(passes | fails, 0, state.mass), state.first_lost, state.first_gained)
+        state = Counts(np.where(passes | fails, 0, state.mass), state.first_lost, state.first_gained)
     return Chances(passed, failed, expected)
 
 
 @dataclass(frozen=True, eq=False)
-class _Counts:
+class Counts:
     """Probability of every (lost, gained) that is not out of reach [B, C], from the first counts on."""
 
     mass: Array
@@ -99,21 +98,25 @@ class _Counts:
 
     @property
     def lost(self) -> NDArray[np.int64]:
-        return self.first_lost + np.arange(self.mass.shape[0])
+        """Return the counts of losses [B, 1]."""
+        return (self.first_lost + np.arange(self.mass.shape[0]))[:, None]
 
     @property
     def gained(self) -> NDArray[np.int64]:
-        return self.first_gained + np.arange(self.mass.shape[1])
+        """Return the counts of gains [1, C]."""
+        return (self.first_gained + np.arange(self.mass.shape[1]))[None, :]
 
-    def after(self, items: int, p_lost: float, p_gained: float) -> _Counts:
+    def after(self, items: int, p_lost: float, p_gained: float) -> Counts:
+        """Return the counts once so many more items have come."""
         from scipy.signal import fftconvolve
 
-        more = _trinomial(items, p_lost, p_gained)
+        more = trinomial(items, p_lost, p_gained)
         mass = more.mass if self.mass.size == 1 else np.maximum(fftconvolve(self.mass, more.mass), 0)
-        return _Counts(mass, self.first_lost + more.first_lost, self.first_gained + more.first_gained)
+        return Counts(mass, self.first_lost + more.first_lost, self.first_gained + more.first_gained)
 
 
-def _trinomial(n: int, p_lost: float, p_gained: float) -> _Counts:
+def trinomial(n: int, p_lost: float, p_gained: float) -> Counts:
+    """Return how probable every (lost, gained) is in `n` items, those out of reach left out."""
     from scipy.special import gammaln, xlogy
 
     lost, gained = (_reachable(n, p) for p in (p_lost, p_gained))
@@ -122,7 +125,7 @@ def _trinomial(n: int, p_lost: float, p_gained: float) -> _Counts:
     ways = ways - gammaln(np.maximum(agreed, 0) + 1)
     log_mass = ways + xlogy(lost, p_lost)[:, None] + xlogy(gained, p_gained)[None, :]
     log_mass = log_mass + xlogy(np.maximum(agreed, 0), max(1 - p_lost - p_gained, 0.0))
-    return _Counts(np.where(agreed >= 0, np.exp(log_mass), 0), int(lost[0]), int(gained[0]))
+    return Counts(np.where(agreed >= 0, np.exp(log_mass), 0), int(lost[0]), int(gained[0]))
 
 
 def _reachable(n: int, p: float) -> NDArray[np.int64]:

@@ -15,7 +15,8 @@ from optimizer.errors import CannotRun, CommandError, ExitCode
 from optimizer.github import command, is_github
 from optimizer.markdown import report
 from optimizer.record import EXIT_CODES, Comparison, Judged, Outcome, Run, SizeVerdict
-from optimizer.report import label, one_line, remark_text, score_text, size_text
+from optimizer.report import label, one_line, remark_text, score_text, size_text, speed_text
+from optimizer.speed import SpeedVerdict
 
 OnInconclusive = Literal["fail", "pass"]
 
@@ -101,21 +102,26 @@ class Outputs:
 def cases(record: Run | Comparison) -> list[Case]:
     """Return the gates that decide the exit code: those on the last model of a run, or on the candidate."""
     if isinstance(record, Run):
-        return list(_cases(record.name, record.verdicts, record.size, "source"))
+        return list(_cases(record.name, record.verdicts, record.size, record.speeds, "source"))
     found = []
     for each in record.against:
         suite = f"{record.candidate.folder} against the {each.reference.role}"
         if each.is_same:
             found.append(Case(suite, "identity", "pass", "the same artifact, byte for byte: no answer can differ"))
-        found += _cases(suite, each.gates, each.size, each.reference.role)
+        found += _cases(suite, each.gates, each.size, each.speeds, each.reference.role)
     return found
 
 
-def _cases(suite: str, gates: Sequence[Judged], size: SizeVerdict | None, of: str) -> Iterator[Case]:
+def _cases(
+    suite: str, gates: Sequence[Judged], size: SizeVerdict | None, speeds: Sequence[SpeedVerdict], of: str
+) -> Iterator[Case]:
     for judged in gates:
         yield Case(suite, label(judged), judged.verdict.outcome, score_text(judged), remark_text(judged))
     if size:
         yield Case(suite, "size", size.outcome, size_text(size, of))
+    for speed in speeds:
+        name = f"{speed.metric} ratio" if speed.is_ratio else speed.metric
+        yield Case(suite, name, speed.outcome, speed_text(speed), "" if speed.outcome == "pass" else speed.reason)
 
 
 # ---- JUnit

@@ -30,6 +30,8 @@ from optimizer.recipe import Policy, load_policy
 from optimizer.record import Against, Answers, Compared, Comparison, Role, SizeVerdict
 from optimizer.report import Reporter, Style, comparison_lines
 from optimizer.source import read_object
+from optimizer.speed import SpeedVerdict, Timing
+from optimizer.speed_restarts import Setup, measure, require_measurable
 from optimizer.store import Store, default_limit, default_root
 from passes._sentence import SentenceSettings
 from passes.base import ONNX, Model, PassError
@@ -37,6 +39,7 @@ from runtime.artifact import EVIDENCE, Manifest, verify
 from runtime.errors import ServingError
 from runtime.threads import default_threads
 
+_NOT_JUDGED = "not judged, a recipe's budget counts against its own source"
 RELATIVE = ("flips", "kl", "spearman")
 """Scores that may have been made against another model than the one that is compared now."""
 
@@ -198,7 +201,8 @@ def _policy(file: Path, settings: Sequence[str], is_own: bool) -> Policy:
     except RecipeError as error:
         advice = "; this is the candidate's own recipe: correct it by --set, or give a --policy" if is_own else ""
         raise RecipeError([replace(each, message=each.message + advice) for each in error.mistakes]) from None
-    if not any(rules.limits(name) for name in rules.evaluate) and (rules.is_recipe or rules.gate.size is None):
+    has_others = not rules.is_recipe and (rules.gate.size is not None or rules.gate.speeds)
+    if not has_others and not any(rules.limits(name) for name in rules.evaluate):
         raise CommandError(f"{file}: gate: has no budget that two artifacts can be judged by; add one, see docs/ci.md")
     return rules
 
@@ -225,11 +229,17 @@ class _Bench:
     def __post_init__(self) -> None:
         self.compared = _compared(self.candidate, {}, "not asked", 0.0)
 
+    @property
+    def threads(self) -> int:
+        """Return how many threads an operator has."""
+        return self.rules.target.threads or default_threads()
+
     def judge(self, reference: _Side) -> Against:
         """Judge the candidate against one other artifact; an artifact that is the same one is not asked."""
         size = self._size(reference)
+        speeds, timing = self._speeds(reference)
         if reference.manifest.digest == self.candidate.manifest.digest:
-            return Against(_compared(reference, {}, "not asked", 0.0), True, (), size, ())
+            return Against(_compared(reference, {}, "not asked", 0.0), True, (), size, (), speeds, timing)
         found = self._examine(reference)
         tasks = {name: self.rules.evaluate[name] for name in found.results}
         flips = find_flips(tasks, found.items, found.source, found.results, reference.reader)
@@ -242,7 +252,7 @@ class _Bench:
         )
         came = _came(found.source, found.is_source_scored, found.source_s)
         told = _compared(reference, points(found.source), came, found.source_s)
-        return Against(told, False, found.gates, size, flips)
+        return Against(told, False, found.gates, size, flips, speeds, timing)
 
     def _examine(self, reference: _Side) -> Examined:
         """Ask both the same items and judge."""
@@ -253,7 +263,7 @@ class _Bench:
             told=self.told,
             source=reference.model,
             source_key=reference.key,
-            threads=self.rules.target.threads or default_threads(),
+            threads=self.threads,
             reader=reference.reader,
             others=others,
             known=self._known(reference) if self.trust_evidence else no_answers,
@@ -312,11 +322,23 @@ class _Bench:
         size = SizeVerdict(weights_bytes(self.candidate.model), weights_bytes(reference.model), budget.max_ratio)
         if not self.rules.is_recipe:
             return size
-        self.notes.append(
-            f"size: {100 * size.ratio:.1f} % of the {reference.role}'s; not judged, a recipe's budget counts against "
-            "its own source"
-        )
+        self.notes.append(f"size: {100 * size.ratio:.1f} % of the {reference.role}'s; {_NOT_JUDGED}")
         return None
+
+    def _speeds(self, reference: _Side) -> tuple[tuple[SpeedVerdict, ...], Timing | None]:
+        """Measure the speed of both on this machine, where a budget made for it asks for that."""
+        gate, manifest = self.rules.gate, self.candidate.manifest
+        if gate.speeds and self.rules.is_recipe:
+            self.notes.append(f"speed: {_NOT_JUDGED}")
+        if not gate.speeds or self.rules.is_recipe:
+            return (), None
+        require_measurable(gate.speeds, gate.workload, manifest.kind, manifest.context_length)
+        sides = {"candidate": self.candidate, "reference": reference}
+        graphs = {role: side.folder / side.manifest.graphs["model"] for role, side in sides.items()}
+        setup = Setup(manifest.kind, manifest.vocabulary, gate.workload, self.threads)
+        fail_alpha = gate.fail_alpha or gate.alpha / (self.references * len(gate.speeds))
+        with self.told.progress("measuring speed") as progress:
+            return measure(gate.speeds, graphs, setup, alpha=gate.alpha, fail_alpha=fail_alpha, progress=progress)
 
 
 def _came(results: Results, is_scored: bool, seconds: float) -> Answers:

@@ -22,7 +22,10 @@ from optimizer.report import (
     score_name,
     seconds_text,
     size_text,
+    speed_text,
+    timing_text,
 )
+from optimizer.speed import SpeedVerdict, Timing
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>|~&$@#]|(?<![^\W_])_|_(?![^\W_])|:(?=[\w/+-]))")
 """What begins markup, a link, a formula, an emoji or a mention; an underscore within a word does not."""
@@ -49,6 +52,7 @@ def _run_blocks(run: Run) -> Iterator[str]:
         yield f"Stopped after {escaped(run.stopped_after)}, as asked: no artifact was made."
     yield "## Verdicts"
     yield from _verdicts(run.verdicts, run.size, "source", "artifact")
+    yield from _speeds(run.speeds, run.timing)
     yield from _list(map(escaped, map(openings_text, run.openings)))
     yield from _needs(run.verdicts, source.score_s + last.score_s)
     yield "## Chain"
@@ -125,6 +129,7 @@ def _comparison_blocks(compared: Comparison) -> Iterator[str]:
         yield f"## Against the {each.reference.role}"
         nothing = "The same artifact, byte for byte: no answer can differ." if each.is_same else _NO_GATE
         yield from _verdicts(each.gates, each.size, each.reference.role, "candidate", nothing)
+        yield from _speeds(each.speeds, each.timing)
         yield from _needs(each.gates, each.reference.score_s + candidate.score_s)
         yield from _flips(each.flips, each.reference.role, "candidate")
 
@@ -151,6 +156,12 @@ def _verdicts(
         yield nothing
     if size:
         yield escaped(size_text(size, before))
+
+
+def _speeds(speeds: Sequence[SpeedVerdict], timing: Timing | None) -> Iterator[str]:
+    yield from _list(escaped(f"{speed_text(each)}; {each.reason}") for each in speeds)
+    if timing:
+        yield escaped(f"{timing_text(timing)}; {timing.processor}")
 
 
 def _levels(gates: Sequence[Judged]) -> str:

@@ -204,7 +204,7 @@ class Run:
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what every gate says of the last model."""
-        return (*_outcomes(self.verdicts, self.size), *(speed.outcome for speed in self.speeds))
+        return _outcomes(self.verdicts, self.size, self.speeds)
 
     @property
     def outcome(self) -> Outcome:
@@ -254,6 +254,8 @@ class Against:
         is_same: both are one artifact, byte for byte: no answer can differ, so that none is judged.
         gates: what the gates say of the candidate.
         flips: answers of the candidate that differ from the reference's.
+        speeds: what the speed gates say of the candidate.
+        timing: under what conditions; None where no speed was measured.
     """
 
     reference: Compared
@@ -261,11 +263,13 @@ class Against:
     gates: tuple[Judged, ...]
     size: SizeVerdict | None
     flips: tuple[Flips, ...]
+    speeds: tuple[SpeedVerdict, ...] = ()
+    timing: Timing | None = None
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:
         """Return what every gate says."""
-        return _outcomes(self.gates, self.size)
+        return _outcomes(self.gates, self.size, self.speeds)
 
 
 @dataclass(frozen=True)
@@ -316,8 +320,9 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
     return "inconclusive" if "inconclusive" in outcomes else "pass"
 
 
-def _outcomes(gates: Sequence[Judged], size: SizeVerdict | None) -> tuple[Outcome, ...]:
-    return (*(judged.verdict.outcome for judged in gates), *((size.outcome,) if size else ()))
+def _outcomes(gates: Sequence[Judged], size: SizeVerdict | None, speeds: Sequence[SpeedVerdict]) -> tuple[Outcome, ...]:
+    judged = (each.verdict.outcome for each in gates)
+    return (*judged, *((size.outcome,) if size else ()), *(each.outcome for each in speeds))
 
 
 def _told_size(size: SizeVerdict | None) -> Mapping[str, Any] | None:

@@ -126,10 +126,13 @@ def comparison_lines(compared: Comparison) -> Iterator[str]:
         lines = ["the same artifact, byte for byte: no answer can differ"] if each.is_same else []
         lines += map(score_text, each.gates)
         lines += [size_text(each.size, each.reference.role)] if each.size else []
+        lines += map(speed_text, each.speeds)
+        lines += [timing_text(each.timing)] if each.timing else []
         head = f"against the {each.reference.role}"
         for number, line in enumerate(lines or ["no gate"]):
             yield f"{'' if number else head:<{len(head)}}  {line}"
         yield from _remarks(each.gates)
+        yield from _speed_remarks(each.speeds)
     yield from compared.notes
     yield f"{compared.outcome.upper()}, {compared.seconds:.1f} s"
 
@@ -259,9 +262,7 @@ def end_lines(run: Run) -> Iterator[str]:
     for judged in run.certified:
         yield score_text(judged)
     yield from _remarks(run.verdicts)
-    yield from (
-        f"{each.metric}: {each.outcome.upper()}, {each.reason}" for each in run.speeds if each.outcome != "pass"
-    )
+    yield from _speed_remarks(run.speeds)
     yield from (openings_text(opening) for opening in run.openings if opening.count > 1)
     for rejected in run.rejected[-1:]:
         yield f"{len(run.rejected)} rungs gave way, the last because {rejected.reason}"
@@ -290,6 +291,10 @@ def _remarks(gates: Iterable[Judged]) -> Iterator[str]:
         outcome = judged.verdict.outcome
         if remark := remark_text(judged):
             yield f"{label(judged)}: {'' if outcome == 'pass' else f'{outcome.upper()}, '}{remark}"
+
+
+def _speed_remarks(speeds: Iterable[SpeedVerdict]) -> Iterator[str]:
+    yield from (f"{each.metric}: {each.outcome.upper()}, {each.reason}" for each in speeds if each.outcome != "pass")
 
 
 def _why_none(run: Run) -> str:

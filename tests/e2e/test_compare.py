@@ -154,6 +154,15 @@ def test_size_is_judged_by_a_policy_but_not_by_a_recipe(shelf: Shelf, said: Said
     assert (code, "not judged, a recipe's budget counts against its own source" in out) == (0, True)
 
 
+@pytest.mark.slow
+def test_speed_is_measured_by_a_policy_but_not_by_a_recipe(shelf: Shelf, said: Said) -> None:
+    fast = ("--set", "gate.latency_ms={max: 60000, max_ratio: 20}", "--set", "gate.workload.input_tokens=16")
+    code, out, _ = said(shelf, shelf.first, shelf.equal, "--policy", "gate.yaml", *fast)
+    assert (code, out.count("latency_ms "), "speed: 8 restarts of 8 pairs" in out) == (0, 2, True)
+    code, out, _ = said(shelf, shelf.first, shelf.equal, *fast)
+    assert (code, "speed: not judged, a recipe's budget counts against its own source" in out) == (0, True)
+
+
 def test_candidate_that_is_as_good_as_the_last_but_not_as_the_pinned_one_fails(shelf: Shelf, said: Said) -> None:
     again = shelf.artifact("damaged again", 2.0)
     edit_recipe = ("--policy", "gate.yaml", "--set", "gate.size=")

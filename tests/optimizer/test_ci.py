@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_markdown import BASELINE, COMPARISON, OPEN, SIZE
-from test_report import PASSED, RUN, SOURCE, STEP
+from test_report import FASTER, PASSED, RUN, SOURCE, STEP
 
 from optimizer.ci import Case, Outputs, annotation, cases, junit
 from optimizer.cli import _explain
@@ -99,6 +99,16 @@ def test_comparison_has_a_suite_for_each_artifact_it_is_judged_against() -> None
         ("0", "new against the baseline"),
         ("1", "new against the pinned"),
     ]
+
+
+def test_speed_gate_is_a_case() -> None:
+    slow = replace(FASTER, outcome="inconclusive", reason="not decided by 16 restarts")
+    found = cases(run(PASSED, speeds=(FASTER, replace(slow, is_ratio=False))))
+    assert [(case.name, case.outcome) for case in found[1:]] == [
+        ("decode_tokens_per_s ratio", "pass"),
+        ("decode_tokens_per_s", "inconclusive"),
+    ]
+    assert found[2].sentence.endswith("INCONCLUSIVE; not decided by 16 restarts")
 
 
 def test_same_artifact_is_a_case_that_passed() -> None:

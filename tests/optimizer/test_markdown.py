@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from test_report import PASSED, RUN, SOURCE, STEP
+from test_report import FASTER, PASSED, RUN, SOURCE, STEP, TIMING
 
 from optimizer.markdown import escaped, report, shown, table
 from optimizer.openings import Openings
@@ -140,6 +140,16 @@ def test_report_of_a_comparison_names_both_artifacts_and_what_is_against_what() 
     assert rows(text, "")[1][-1] == "stored"
     assert "50.0 % of the baseline's 0.00 MB" in text
     assert "- size is only reported" in text
+
+
+def test_speeds_are_told_of_runs_and_comparisons() -> None:
+    against = replace(COMPARISON.against[0], speeds=(FASTER,), timing=TIMING)
+    for text in (
+        report(replace(RUN, speeds=(FASTER,), timing=TIMING)),
+        report(replace(COMPARISON, against=(against,))),
+    ):
+        assert r"- decode_tokens_per_s 173 -\> 1,259, x1.50 \[1.46, 1.55\] of at least x1.40: PASS; shown to be" in text
+        assert "load 0.4 to 1.6, 61.2 s; a processor" in text
 
 
 def test_same_artifact_needs_no_answers() -> None:

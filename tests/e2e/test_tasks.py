@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from .projects import Project, write_decoder_project
+from .projects import Project, write_classifier_project, write_decoder_project
 
 QUESTIONS = [
     {"prompt": f"alpha {word}", "choices": ["beta gamma", "delta"], "answer": "delta", "set": index % 40}
@@ -25,6 +25,21 @@ doc_to_text: "{{{{prompt}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{choices.index(answer)}}}}"
 metric_list: [{{metric: acc}}, {{metric: brier_score}}]
+"""
+
+
+ERROR_RATE = """\
+import datasets
+import evaluate
+
+class ErrorRate(evaluate.Metric):
+    def _info(self):
+        value = datasets.Value("int64")
+        features = datasets.Features({"predictions": value, "references": value})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"error_rate": float((predictions != references).mean())}
 """
 
 
@@ -81,3 +96,22 @@ def test_a_metric_without_an_interval_cannot_be_gated(project: Project) -> None:
     done = project.run()
     assert done.returncode == 0, done.stderr
     assert "words acc " in done.stdout
+
+
+def test_a_metric_module_of_the_users_is_judged_and_less_of_it_may_be_better(tmp_path: Path) -> None:
+    write_classifier_project(tmp_path / "project")
+    project = Project(tmp_path / "project" / "recipe.yaml", tmp_path / "store", tmp_path / "out")
+    metric = project.folder / "error_rate.py"
+    metric.write_text(ERROR_RATE, encoding="utf-8")
+    content = yaml.safe_load(project.recipe.read_text(encoding="utf-8"))
+    (data,) = content["data"]
+    task = {"task": "classification", "data": data, "metric": str(metric), "trust_metric_code": True}
+    content |= {"evaluate": {"mood": task}, "gate": {"mood": {"max_drop": "2pt"}}, "passes": ["export_onnx"]}
+    project.recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
+    done = project.run("--json")
+    assert done.returncode == 0, done.stderr
+    (judged,) = json.loads(done.stdout)["steps"][-1]["gates"]
+    verdict = judged["verdict"]
+    assert (verdict["metric"], verdict["source"], verdict["difference"]) == ("error_rate", 0.1, 0.0)
+    assert verdict["flags"] == ["few changes"]  # at most 3 of 200 answers, half a point each
+    assert 0 < verdict["upper"] <= 0.02

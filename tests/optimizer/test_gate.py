@@ -846,6 +846,28 @@ def test_half_of_too_small_a_level_or_of_too_few_texts_is_no_look_for_a_mean() -
     assert (verdict.looked_at, verdict.reason) == (0, "look skipped: 400 items; 500 needed")
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(0, 40), st.integers(0, 10), st.floats(0.03, 0.3), st.sets(st.integers(10, 90), min_size=1, max_size=4)
+)
+def test_looks_that_decide_agree_with_their_interval_and_spend_at_most_alpha(
+    lost: int, gained: int, limit: float, marks: set[int]
+) -> None:
+    most, previous, spent = max(marks), 0, 0.0
+    sample = right_and_wrong(most, min(lost, most), min(gained, most - min(lost, most)), wrong=0)
+    for n in sorted(marks):
+        verdict = judge(*first(sample, n), Budget("accuracy", limit), spending=Spending(most, previous))
+        if verdict.looked_at == n:
+            spent += verdict.alpha
+            shown = {"pass": verdict.upper <= limit, "fail": verdict.lower > limit}
+            assert verdict.outcome == next((name for name, is_shown in shown.items() if is_shown), "inconclusive")
+        else:
+            assert (verdict.outcome, verdict.looked_at, n < most) == ("inconclusive", previous, True)
+        previous = verdict.looked_at
+    assert previous == most
+    assert spent <= 0.05 * (1 + 1e-12)  # rounding
+
+
 def test_a_number_that_is_none_fails_at_any_look() -> None:
     source, candidate = perplexities(0.0, count=50)
     candidate.values["nll"][3] = math.nan

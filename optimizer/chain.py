@@ -17,16 +17,13 @@ from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint
 from optimizer.maker import Maker
 from optimizer.openings import Openings, opened
-from optimizer.package import GRAPH
 from optimizer.ranking import choosing_texts, rank
-from optimizer.recipe import Keep, Recipe, Skip, changes_weights, rung_text
+from optimizer.recipe import Keep, Recipe, Skip, rung_text
 from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, label
 from optimizer.sensitivity import keep
-from optimizer.speed import SpeedVerdict, Timing
-from optimizer.speed_restarts import Setup, measure
+from optimizer.stopwatch import Stopwatch
 from optimizer.store import Store
-from passes._kind import kind_of, vocabulary_size
 from passes.base import Model, Pass, PassError
 
 
@@ -67,6 +64,7 @@ class Chain:
     exams: Exams
     examiner: Examiner
     maker: Maker
+    stopwatch: Stopwatch
     path: list[Point] = field(default_factory=list)
     rungs: list[int] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -91,7 +89,7 @@ class Chain:
             size = self._size()
             if size and size.outcome == "fail" and self._fall_back("the model is too large"):
                 continue
-            speeds, timing = self._speeds()
+            speeds, timing = self.stopwatch.judge(self.path[-1].model)
             if any(speed.outcome != "pass" for speed in speeds) and self._fall_back("not shown to be fast enough"):
                 continue
             certified = self._certify()
@@ -222,33 +220,6 @@ class Chain:
             judging = fingerprint([items_hash(part.items, 0), self.path[0].key])
             self.ledger[name] = opened(self.store.root, name, judging, point.key, self.recipe.gate.alpha)
         return certified
-
-    def _speeds(self) -> tuple[tuple[SpeedVerdict, ...], Timing | None]:
-        """Measure the last model's speed on this machine, and the reference artifact's where a budget asks for it."""
-        gate, config = self.recipe.gate, self.examiner.source.config
-        if not gate.speeds:
-            return (), None
-        graphs = {"candidate": self.path[-1].model.folder / GRAPH}
-        if any(limit.is_ratio for limit in gate.speeds):
-            graphs["reference"] = self._reference().folder / GRAPH
-        setup = Setup(kind_of(config), vocabulary_size(config), gate.workload, self.maker.threads)
-        fail_alpha = gate.fail_alpha or gate.alpha / len(gate.speeds)
-        with self.told.progress("measuring speed") as progress:
-            return measure(gate.speeds, graphs, setup, alpha=gate.alpha, fail_alpha=fail_alpha, progress=progress)
-
-    def _reference(self) -> Model:
-        """Return the source lowered by this chain's passes but those that change its weights."""
-        model, key = self.path[0].model, self.path[0].key
-        for index, each in enumerate(self.recipe.passes):
-            if not changes_weights(type(each)):
-                try:
-                    model, entry = self.maker.make(each, index, model, key, f"reference: {each.name()}")
-                    key = entry.key
-                except PassError as refusal:
-                    if each.reads != each.writes:
-                        raise
-                    self.told.line(f"the reference artifact goes without {each.name()}: {refusal}")
-        return model
 
     def _ended(self, size: SizeVerdict | None, certified: tuple[Judged, ...], stopped_after: str | None) -> Run:
         return Run(

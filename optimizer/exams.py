@@ -76,8 +76,13 @@ class Exams:
         """Return the exam of a finished model that is the `opening`-th to be judged, counted from 1."""
         if self.last is None:
             return None
-        share = 0.5 ** min(opening, self.openings - 1)
+        share = share_of_level(opening, self.openings)
         return replace(self.last, alpha=share * self.last.alpha, fail_alpha=share * self.last.fail_alpha)
+
+
+def share_of_level(opening: int, openings: int) -> float:
+    """Return the part of a level that an opening may spend: half of what is left, the last of them all of it."""
+    return 0.5 ** min(opening, openings - 1)
 
 
 def portioned(recipe: Recipe | Policy, name: str, items: Sequence[Item]) -> Part:

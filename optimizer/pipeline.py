@@ -28,6 +28,7 @@ from optimizer.report import Reporter, Style
 from optimizer.sensitivity import Sensitivity
 from optimizer.source import Source, check_finite, load_source, source_identity
 from optimizer.speed_restarts import require_measurable
+from optimizer.stopwatch import Stopwatch
 from optimizer.store import Store, default_limit, default_root
 from passes._kind import kind_of, require_sizes
 from passes._sentence import context_length, require_sentence
@@ -130,7 +131,7 @@ def _begin(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Chain]
             maker.admit(each)
     key = fingerprint(source_identity(source, store))
     examiner = Examiner(recipe, store, told, source.model, key, maker.threads, maker.reader)
-    return source, Chain(recipe, store, told, exams, examiner, maker)
+    return source, Chain(recipe, store, told, exams, examiner, maker, Stopwatch(recipe, told, maker, key))
 
 
 def _before(index: int, maker: Maker, key: str) -> tuple[Model, str]:

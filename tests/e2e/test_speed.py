@@ -12,7 +12,7 @@ from optimizer.cli import main
 from runtime.artifact import verify
 
 from .conftest import Finished
-from .projects import CLASSIFIER_RECIPE, Project
+from .projects import Project, write_classifier_project
 from .test_reliability import INTERRUPTED, start, when
 
 SHORT = ("--set", "gate.workload={input_tokens: 16, new_tokens: 4}")
@@ -67,14 +67,15 @@ def test_reference_is_the_source_exported_and_fused_and_is_stored(
     assert [step["is_stored"] for step in steps[1:]] == [True, True]
 
 
-def test_strict_budget_is_exit_1_and_no_artifact(decoder: Finished, tmp_path: Path) -> None:
-    project = decoder.project.copy(tmp_path)
-    done = project.run(*SHORT, *STRICT)
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
+def test_strict_budget_is_exit_1_and_no_artifact(
+    decoder: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(decoder.project.recipe), "--store", str(decoder.project.store), "--output", str(tmp_path / "out")]
+    assert main([*arguments, *SHORT, *STRICT]) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert any(re.fullmatch(r"latency_ms [\d.]+ \[[\d.]+, [\d.]+\] of at most 0\.00001: FAIL", line) for line in lines)
     assert "latency_ms: FAIL, shown to be slower than the budget allows" in lines
-    assert not project.output.exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_measured_of_a_chain_that_was_not_finished(
@@ -100,15 +101,12 @@ def test_nothing_is_measured_of_a_chain_that_was_not_finished(
     ],
 )
 def test_what_the_model_cannot_do_is_exit_4_before_any_pass(
-    classifier: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: str, message: str
 ) -> None:
-    recipe = classifier.project.folder / "fast.yaml"
-    head, _, passes = (
-        CLASSIFIER_RECIPE.partition("data:")[0],
-        "",
-        CLASSIFIER_RECIPE[CLASSIFIER_RECIPE.index("passes:") :],
-    )
-    recipe.write_text(f"{head}gate:\n  {budget}\n{passes}")
+    write_classifier_project(tmp_path, items=10)
+    recipe = tmp_path / "fast.yaml"
+    recipe.write_text(f"gate:\n  {budget}\n{NO_QUANTIZATION}")
+    capsys.readouterr()
     code = main([str(recipe), "--store", str(tmp_path / "store"), "--output", str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert (code, captured.out, captured.err) == (4, "", message)
@@ -127,6 +125,7 @@ def workers(project: Project) -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_ctrl_c_while_measuring_ends_the_processes(decoder: Finished, tmp_path: Path) -> None:
     project = decoder.project.copy(tmp_path)

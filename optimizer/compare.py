@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from optimizer.errors import CannotRun, CommandError, RecipeError
 from optimizer.evaluate.flips import find_flips
@@ -25,7 +25,6 @@ from optimizer.examiner import Examined, Examiner, Known, Results, no_answers, p
 from optimizer.exams import Exam, portioned
 from optimizer.fingerprint import fingerprint
 from optimizer.package import has_artifact
-from optimizer.quiet import quiet_libraries
 from optimizer.recipe import Policy, load_policy
 from optimizer.record import Against, Answers, Compared, Comparison, Role, SizeVerdict
 from optimizer.report import Reporter, Style, comparison_lines
@@ -33,7 +32,6 @@ from optimizer.source import read_object
 from optimizer.speed import SpeedVerdict, Timing
 from optimizer.speed_restarts import Setup, measure, require_measurable
 from optimizer.store import Store, default_limit, default_root
-from passes._sentence import SentenceSettings
 from passes.base import ONNX, Model, PassError
 from runtime.artifact import EVIDENCE, Manifest, verify
 from runtime.errors import ServingError
@@ -97,7 +95,7 @@ def _compare(
         _require_comparable(side, judged)
     file = policy or candidate / "recipe.yaml"
     rules = _policy(file, settings, is_own=policy is None)
-    with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
+    with Store(store or default_root(), default_limit(), told.warn) as opened:
         bench = _Bench(rules, judged, len(references), opened, told, trust_evidence)
         against = tuple(map(bench.judge, references))
     notes = tuple(dict.fromkeys(bench.notes))
@@ -137,16 +135,8 @@ class _Side:
 
     @cached_property
     def reader(self) -> TextReader:
-        """Return how it reads text: as its own files and its manifest say."""
-        manifest, said = self.manifest, self.manifest.sentence
-        found = TextReader.of(self.folder, self.model.config)
-        if said is not None:  # the source's files that say so lie in folders, which an artifact does not have
-            pooling = cast(Any, said.pooling)
-            settings = SentenceSettings(
-                pooling, said.normalized, None, said.lower_case, said.prompts, said.default_prompt
-            )
-            found = replace(found, sentence=settings)
-        return replace(found, kind=manifest.kind, context_length=manifest.context_length)
+        """Return how it reads text."""
+        return TextReader.of_artifact(self.folder, self.manifest)
 
     def told_answers(self, task: Any, name: str, items: Sequence[Item]) -> TaskResult | None:
         """Return the answers in its evidence; None where they are not to these items, asked in this way."""
@@ -243,15 +233,16 @@ class _Bench:
         found = self._examine(reference)
         tasks = {name: self.rules.evaluate[name] for name in found.results}
         flips = find_flips(tasks, found.items, found.source, found.results, reference.reader)
-        before = self.compared
+        before, asked = self.compared, found.asked
         self.compared = _compared(
             self.candidate,
             {**points(found.results), **before.scores},
-            _came(found.results, found.is_model_scored or before.answers == "scored", found.score_s),
-            before.score_s + found.score_s,
+            _came(found.results, asked.is_scored or before.answers == "scored", asked.score_s),
+            before.score_s + asked.score_s,
         )
-        came = _came(found.source, found.is_source_scored, found.source_s)
-        told = _compared(reference, points(found.source), came, found.source_s)
+        asked = found.source_asked
+        came = _came(found.source, asked.is_scored, asked.score_s)
+        told = _compared(reference, points(found.source), came, asked.score_s)
         return Against(told, False, found.gates, size, flips, speeds, timing)
 
     def _examine(self, reference: _Side) -> Examined:
@@ -272,10 +263,10 @@ class _Bench:
         gate, claims = self.rules.gate, self.references * sum(len(self.rules.limits(name)) for name in items)
         parts = {name: portioned(self.rules, name, each) for name, each in items.items()}
         exam = Exam(parts, gate.alpha, gate.fail_alpha or gate.alpha / max(1, claims))
-        examiner.examine(
-            reference.role, reference.model, reference.key, exam
-        )  # asked again, does it differ from itself?
-        return examiner.examine("candidate", self.candidate.model, self.candidate.key, exam)
+        itself = examiner.examine(reference.role, reference.model, reference.key, exam)  # and what it says twice
+        found = examiner.examine("candidate", self.candidate.model, self.candidate.key, exam)
+        found.source_asked.is_scored |= itself.source_asked.is_scored
+        return found
 
     def _items(self, reference: _Side) -> tuple[dict[str, TextReader], dict[str, list[Item]]]:
         """Return the readers of the evaluations that the candidate reads in tokens of its own, and all items.

@@ -26,7 +26,7 @@ from optimizer.lock import machine, versions
 from optimizer.recipe import Policy, Recipe
 from optimizer.record import Judged
 from optimizer.report import Reporter
-from optimizer.store import Store
+from optimizer.store import Entry, Store
 from passes._kind import kind_of
 from passes.base import ONNX, TORCH, Model
 
@@ -41,6 +41,27 @@ def no_answers(model: Model, name: str, items: Sequence[Item]) -> None:
 
 
 @dataclass
+class Asked:
+    """What asking one model took.
+
+    Attributes:
+        is_scored: it was scored by this run, not found in the store.
+        score_s: seconds the scoring took when it was done.
+        peak_bytes: largest resident memory of the process meanwhile; 0 where that is not measured.
+    """
+
+    is_scored: bool = False
+    score_s: float = 0.0
+    peak_bytes: int = 0
+
+    def add(self, entry: Entry) -> None:
+        """Count the answers to another portion."""
+        self.is_scored |= entry.is_new
+        self.score_s += entry.meta["seconds"]
+        self.peak_bytes = max(self.peak_bytes, entry.meta.get("peak_bytes", 0))
+
+
+@dataclass
 class Examined:
     """What came out.
 
@@ -49,27 +70,21 @@ class Examined:
         results: the candidate's, on these items.
         source: the source's, on the same items.
         gates: the verdicts.
-        is_model_scored: the candidate was scored by this run, not found in the store.
-        is_source_scored: the source was.
-        score_s: seconds the scoring of the candidate took when it was done.
-        source_s: seconds that of the source took.
-        peak_bytes: largest resident memory of the process meanwhile; 0 where that is not measured.
+        asked: what asking the candidate took.
+        source_asked: what asking the source took.
     """
 
     items: dict[str, list[Item]] = field(default_factory=dict)
     results: dict[str, TaskResult] = field(default_factory=dict)
     source: dict[str, TaskResult] = field(default_factory=dict)
     gates: tuple[Judged, ...] = ()
-    is_model_scored: bool = False
-    is_source_scored: bool = False
-    score_s: float = 0.0
-    source_s: float = 0.0
-    peak_bytes: int = 0
+    asked: Asked = field(default_factory=Asked)
+    source_asked: Asked = field(default_factory=Asked)
 
     def cost(self) -> dict[str, Any]:
         """Return what the scoring took, as a step of the record names it."""
-        is_scored = self.is_model_scored or self.is_source_scored
-        return {"is_scored": is_scored, "score_s": self.score_s, "score_peak_bytes": self.peak_bytes}
+        asked = self.asked
+        return {"is_scored": asked.is_scored, "score_s": asked.score_s, "score_peak_bytes": asked.peak_bytes}
 
     def points(self) -> dict[str, float]:
         """Return evaluation and metric -> score of the candidate."""
@@ -137,6 +152,7 @@ class Examiner:
             before.append(self._answers(self.role, self.source, self.source_key, names, portion, None, found))
             if model is self.source:
                 self._note(names, part, before, before, found)
+                found.asked = found.source_asked
                 self._ask_again([name for name in names if self.recipe.limits(name)], portion)
                 return ()
             other = self.others.get(names[0])
@@ -183,7 +199,8 @@ class Examiner:
         self, names: Sequence[str], part: Part, before: Sequence[Results], after: Sequence[Results], found: Examined
     ) -> None:
         for name in names:
-            compute = getattr(getattr(self.recipe.evaluate[name], "module", None), "compute", None)
+            task = self.recipe.evaluate[name]
+            compute = getattr(getattr(task, "module", None), "compute", None) if len(after) > 1 else None
             found.items[name] = [item for portion in part.portions[: len(after)] for item in portion]
             found.source[name] = joined([results[name] for results in before], compute)
             found.results[name] = joined([results[name] for results in after], compute)
@@ -231,14 +248,7 @@ class Examiner:
         entry = self.store.get_or_build(
             fingerprint(parts), lambda folder: self._evaluate(what, model, names, items, against, folder)
         )
-        if against is None:
-            found.is_source_scored |= entry.is_new
-            found.source_s += entry.meta["seconds"]
-        else:
-            found.is_model_scored |= entry.is_new
-        if against is not None or model is self.source:
-            found.score_s += entry.meta["seconds"]
-            found.peak_bytes = max(found.peak_bytes, entry.meta.get("peak_bytes", 0))
+        (found.source_asked if against is None else found.asked).add(entry)
         return {**known, **{name: load_result(entry.folder / name) for name in names}}
 
     def _evaluate(

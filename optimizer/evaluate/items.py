@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from optimizer.evaluate.task import Task
     from optimizer.recipe import DataSource
+    from runtime.artifact import Manifest
 
 ENCODE_AT_ONCE = 1024
 AnyRow = TypeVar("AnyRow", Row, Record)
@@ -158,20 +159,50 @@ class TextReader:
         Raises:
             CannotRun: there is no tokenizer, or it cannot be read.
         """
+        return cls._read(
+            assets,
+            config,
+            kind=kind_of(config),
+            vocabulary=vocabulary_size(config),
+            context_length=context_length(assets, config),
+            sentence=sentence_settings(assets, config),
+        )
+
+    @classmethod
+    def of_artifact(cls, folder: Path, manifest: Manifest) -> TextReader:
+        """Read an artifact; its manifest says what a source's files say, without transformers.
+
+        Raises:
+            CannotRun: the tokenizer cannot be read.
+        """
+        said, settings = manifest.sentence, None
+        if said is not None:
+            pooling = cast(Any, said.pooling)
+            settings = SentenceSettings(
+                pooling, said.normalized, None, said.lower_case, said.prompts, said.default_prompt
+            )
+        return cls._read(
+            folder,
+            read_object(folder / "config.json"),
+            kind=manifest.kind,
+            vocabulary=manifest.vocabulary,
+            context_length=manifest.context_length,
+            sentence=settings,
+        )
+
+    @classmethod
+    def _read(cls, assets: Path, config: Mapping[str, Any], **known: Any) -> TextReader:
         tokenizer, text = load_tokenizer(assets), config.get("text_config", config)
         named = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
         return cls(
             tokenizer=tokenizer,
             truncation=tokenizer.truncation,
-            kind=kind_of(config),
-            vocabulary=vocabulary_size(config),
-            context_length=context_length(assets, config),
             bos=text.get("bos_token_id"),
             labels={str(name): int(index) for index, name in named.items()},
             prefix=_prefix(assets, tokenizer, text),
             eos=frozenset(eos_token_ids(assets, config)),
             chat_template=ChatTemplate.load(assets),
-            sentence=sentence_settings(assets, config),
+            **known,
         )
 
     def longest(self, context: int | None) -> int | None:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +14,7 @@ import pytest
 from optimizer.cli import main
 from optimizer.schema import compare_schema
 from optimizer.statistics.spearman import spearman
+from optimizer.store import Store
 from runtime.artifact import verify, write_manifest
 from runtime.embedding import TextEmbedder
 
@@ -202,9 +203,19 @@ def test_embedder_is_read_as_its_manifest_says(said: Said, tmp_path: Path) -> No
 
 
 def test_second_comparison_finds_the_answers_in_the_store(shelf: Shelf, said: Said) -> None:
-    said(shelf, shelf.first, shelf.equal, "--policy", "gate.yaml")
-    lines = said(shelf, shelf.first, shelf.equal, "--policy", "gate.yaml")[1].splitlines()
-    assert [line.rpartition(" | ")[2] for line in lines[:2]] == ["stored", "stored"]
+    fewer = ("--policy", "gate.yaml", "--set", "data.test.items=90")
+    first, second = (said(shelf, shelf.first, shelf.equal, *fewer)[1].splitlines()[:2] for _ in range(2))
+    assert all(line.endswith(" s scoring") for line in first)
+    assert all(line.endswith(" | stored") for line in second)
+
+
+def test_seconds_of_a_side_are_its_own(shelf: Shelf, said: Said, tmp_path: Path) -> None:
+    alone = replace(shelf, store=tmp_path / "store")
+    document = json.loads(said(alone, shelf.first, shelf.equal, "--policy", "gate.yaml", "--json")[1])
+    told = [document["against"][0]["reference"]["score_s"], document["candidate"]["score_s"]]
+    with Store(alone.store) as store:
+        entries = [store.get(stored.key) for stored in store.contents()]
+    assert sorted(told) == sorted(entry.meta["seconds"] for entry in entries if entry and "seconds" in entry.meta)
 
 
 @pytest.fixture

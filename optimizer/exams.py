@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from optimizer.gate import Budget
     from optimizer.recipe import Policy, Recipe
 
+MEANS = ("perplexity", "nats_per_byte", "flips", "kl")
+"""Metrics whose independent units are documents."""
 CORPUS_ITEMS = 500
 """Fewest items for a score that is no mean of its items."""
 
@@ -100,14 +102,11 @@ def _can_split(recipe: Recipe, name: str, items: Sequence[Item]) -> bool:
 
 
 def _units(budget: Budget, items: Sequence[Item]) -> int:
-    return (
-        count_units(items) if budget.metric in ("accuracy", "f1", "spearman") else len({item.group for item in items})
-    )
+    return len({item.group for item in items}) if budget.metric in MEANS else count_units(items)
 
 
 def _fewest(budget: Budget, alpha: float) -> int:
     """Return the fewest items, or documents, that could show that a loss is within a budget."""
     if budget.metric == "accuracy":
         return zero_change_floor(budget.limit, alpha)
-    means = ("perplexity", "nats_per_byte", "flips", "kl")
-    return FEWEST_GROUPS if budget.metric in means else CORPUS_ITEMS
+    return FEWEST_GROUPS if budget.metric in MEANS else CORPUS_ITEMS

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from optimizer.costs import recorded
 from optimizer.evaluate.classification import Classification, ClassificationBudget
 from optimizer.evaluate.items import Item, TopUp
 from optimizer.exams import Exam, Exams
@@ -300,6 +301,13 @@ def test_scores_of_portions_are_those_of_the_whole(ladder: Ladder) -> None:
     if verdict.n_items == 800:
         assert verdict.candidate == at_once.steps[-1].gates[0].verdict.candidate
     assert in_portions.steps[-1].scores["accuracy/accuracy"] == verdict.candidate
+
+
+def test_seconds_of_a_models_scoring_are_its_own(ladder: Ladder) -> None:
+    done = ladder.run(Harm(percent=0))
+    costs = [cost for cost in recorded(ladder.folder / "store", threads=1) if cost.what.startswith("scoring")]
+    assert [step.score_s for step in done.steps] == [cost.seconds for cost in costs]
+    assert [step.score_peak_bytes for step in done.steps] == [cost.peak_bytes for cost in costs]
 
 
 def test_keep_makes_an_artifact_of_the_last_rung(ladder: Ladder) -> None:

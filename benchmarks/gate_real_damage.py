@@ -30,12 +30,13 @@ from report import header, machine, say, table, versions, write_json
 from subsets import ALPHA, RULES, Ended, Judge, Pool, disagreements, judged, topped_up
 
 from optimizer.evaluate.classification import Classification
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items
+from optimizer.evaluate.items import Item, items_hash, load_items
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.evaluate.result import TaskResult, load
 from optimizer.evaluate.run import evaluate
 from optimizer.evaluate.scorers import TorchScorer
 from optimizer.evaluate.task import Task
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.fingerprint import fingerprint
 from optimizer.gate import Budget
 from optimizer.recipe import DataSource

@@ -33,9 +33,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from optimizer.evaluate.choice import Choice, ChoiceTally
 from optimizer.evaluate.generation import Generation
-from optimizer.evaluate.items import TextReader, items_hash, read_settings
+from optimizer.evaluate.items import items_hash
 from optimizer.evaluate.run import evaluate, show
 from optimizer.evaluate.scorers import RuntimeScorer, Scorer, TorchScorer
+from optimizer.evaluate.text_reader import TextReader, read_settings
 from optimizer.recipe import DataSource
 from passes._skeleton import read_config
 from passes.base import TORCH, Context, Model

@@ -37,7 +37,7 @@ def run(
     Raises:
         OptimizeError: the recipe is wrong, or the work cannot be done; carries an exit code.
     """
-    from optimizer.recipe import load
+    from optimizer.recipe_reader import load
 
     recipe = load(Path(path), settings)
     if stop_after is not None:

@@ -175,7 +175,7 @@ def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) ->
     Reads configuration and headers, and tries the architecture on a small twin (seconds). Exit code 4 when a pass
     refuses the model.
     """
-    from optimizer.recipe import load
+    from optimizer.recipe_reader import load
 
     checked = load(recipe, settings or ())
 
@@ -216,7 +216,7 @@ def sensitivity(
     any, else on those of its first evaluation that judge nothing; gates are not asked. Slow the first time: about half
     a scoring for every layer.
     """
-    from optimizer.recipe import load
+    from optimizer.recipe_reader import load
 
     checked = load(recipe, settings or ())
 

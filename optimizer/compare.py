@@ -17,15 +17,17 @@ from typing import Any
 
 from optimizer.errors import CannotRun, CommandError, RecipeError
 from optimizer.evaluate.flips import find_flips
-from optimizer.evaluate.items import Item, TextReader, encoded_again, items_hash, load_items
+from optimizer.evaluate.items import Item, encoded_again, items_hash, load_items
 from optimizer.evaluate.parts import count_units
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.result import load as load_result
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.examiner import Examined, Examiner, Known, Results, no_answers, points, weights_bytes
 from optimizer.exams import Exam, portioned
 from optimizer.fingerprint import fingerprint
 from optimizer.package import has_artifact
-from optimizer.recipe import Policy, load_policy
+from optimizer.recipe import Policy
+from optimizer.recipe_reader import load_policy
 from optimizer.record import Against, Answers, Compared, Comparison, Role, SizeVerdict
 from optimizer.report import Reporter, Style, comparison_lines
 from optimizer.source import read_object

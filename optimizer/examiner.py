@@ -14,11 +14,12 @@ from typing import Any
 
 from optimizer.costs import measured
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import Item, TextReader, encoded_again, items_hash, tokens_read
+from optimizer.evaluate.items import Item, encoded_again, items_hash, tokens_read
 from optimizer.evaluate.parts import Part
 from optimizer.evaluate.result import TaskResult, joined
 from optimizer.evaluate.result import load as load_result
 from optimizer.evaluate.run import evaluate
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.exams import Exam
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.gate import Spending, Verdict, judge, noise, require_judgeable

@@ -16,7 +16,8 @@ from typing import Any
 
 from optimizer.costs import measured
 from optimizer.evaluate.calibration import Calibration, load_calibration
-from optimizer.evaluate.items import Item, TextReader, items_hash
+from optimizer.evaluate.items import Item, items_hash
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.examiner import weights_bytes
 from optimizer.fingerprint import fingerprint, source_fingerprint
 from optimizer.lock import machine, versions

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from optimizer.chain import Chain
 from optimizer.errors import CannotRun
-from optimizer.evaluate.items import TextReader, items_hash, load_items
+from optimizer.evaluate.items import items_hash, load_items
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.examiner import Examiner
 from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from optimizer.catalogue import installed
-from optimizer.recipe import parse
+from optimizer.recipe_reader import parse
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"^ {4}(?:evaluate: \{)?(\w+): +(\{task: .*?\})\}?(?: +#.*)?$", PAGE, re.MULTILINE)

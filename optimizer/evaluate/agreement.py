@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import Rows, kl_divergence
 from optimizer.evaluate.flips import Changed, changed_classes, ending
-from optimizer.evaluate.items import Item, TextReader, Texts, TopUp, items_hash, limit_of
+from optimizer.evaluate.items import Item, Texts, TopUp, items_hash, limit_of
 from optimizer.evaluate.result import TaskResult
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
 from optimizer.record import Flip

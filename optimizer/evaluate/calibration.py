@@ -7,7 +7,8 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from optimizer.evaluate.data import DataError, read_rows
-from optimizer.evaluate.items import Item, TextReader, make_items, shuffled
+from optimizer.evaluate.items import Item, make_items, shuffled
+from optimizer.evaluate.text_reader import TextReader
 
 if TYPE_CHECKING:
     from optimizer.recipe import DataSource

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.distributions import Rows
 from optimizer.evaluate.flips import Changed, changed_classes, ending
-from optimizer.evaluate.items import Item, TextReader, TopUp, items_hash, limit_of, majority_share, shuffled
+from optimizer.evaluate.items import Item, TopUp, items_hash, limit_of, majority_share, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render_all
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 

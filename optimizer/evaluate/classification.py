@@ -19,8 +19,8 @@ from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 
 if TYPE_CHECKING:
-    from optimizer.evaluate.items import TextReader
     from optimizer.evaluate.metrics import Metric
+    from optimizer.evaluate.text_reader import TextReader
     from optimizer.gate import Budget
 
 SHIPPED_METRICS = ("accuracy", "f1")

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from optimizer.record import Effect, Flip, Flips
 
 if TYPE_CHECKING:
-    from optimizer.evaluate.items import Item, TextReader
+    from optimizer.evaluate.items import Item
     from optimizer.evaluate.result import TaskResult
     from optimizer.evaluate.task import Task
+    from optimizer.evaluate.text_reader import TextReader
 
 SHOWN = 20
 """Flips of a run that are told in words."""

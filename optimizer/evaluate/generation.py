@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, read_records
 from optimizer.evaluate.flips import Changed, beginning, changed_items, effects, ending
-from optimizer.evaluate.items import Item, TextReader, TopUp, items_hash, limit_of, shuffled
+from optimizer.evaluate.items import Item, TopUp, items_hash, limit_of, shuffled
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.templates import cell, check_named, columns_of, render
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 from optimizer.record import Flip

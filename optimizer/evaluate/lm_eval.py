@@ -25,8 +25,9 @@ import numpy as np
 
 from optimizer.errors import CannotRun, OptimizeError
 from optimizer.evaluate.flips import Changed, changed_items, effects
-from optimizer.evaluate.items import Item, TextReader, items_hash
+from optimizer.evaluate.items import Item, items_hash
 from optimizer.evaluate.result import TaskResult
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.quantities import Drop, check_ranges
 from optimizer.record import Flip

@@ -15,10 +15,10 @@ from optimizer.errors import CannotRun
 from optimizer.evaluate.choice import Continuation, LikelihoodTally, continuation_parts
 from optimizer.evaluate.data import DataError
 from optimizer.evaluate.generation import Prompt, Stop
-from optimizer.evaluate.items import TextReader
 from optimizer.evaluate.lm_eval import chat_text
 from optimizer.evaluate.run import show
 from optimizer.evaluate.scorers import Scorer
+from optimizer.evaluate.text_reader import TextReader
 from passes.base import Progress, no_progress
 
 MAX_TOKENS = 256

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, read_records
-from optimizer.evaluate.items import Item, TextReader, shuffled
+from optimizer.evaluate.items import Item, shuffled
+from optimizer.evaluate.text_reader import TextReader
 
 if TYPE_CHECKING:
     from optimizer.recipe import DataSource

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizer.evaluate.distributions import blocks
-from optimizer.evaluate.items import Item, TextReader, items_hash
+from optimizer.evaluate.items import Item, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.scorers import Scorer
 from optimizer.evaluate.task import Inquiry, Task, Watcher
+from optimizer.evaluate.text_reader import TextReader
 from passes.base import Progress, no_progress
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from optimizer.evaluate.distributions import Rows
-    from optimizer.evaluate.items import Item, OwnReading, Reading, TextReader
+    from optimizer.evaluate.items import Item, OwnReading, Reading
     from optimizer.evaluate.result import TaskResult
     from optimizer.evaluate.scorers import Scorer
+    from optimizer.evaluate.text_reader import TextReader
     from passes.base import Progress
 
 

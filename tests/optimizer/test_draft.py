@@ -7,7 +7,7 @@ from optimizer.catalogue import installed
 from optimizer.cli import main
 from optimizer.draft import draft, recipe_name
 from optimizer.errors import CannotRun, RecipeError
-from optimizer.recipe import load
+from optimizer.recipe_reader import load
 
 
 def write_model(folder: Path, architecture: str, **config: object) -> Path:

@@ -11,7 +11,8 @@ from optimizer.evaluate.items import TopUp
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.gate import Budget
 from optimizer.plan import plan, plan_lines
-from optimizer.recipe import Fallback, Gate, Keep, Recipe, Skip, load, parse, rung_text
+from optimizer.recipe import Fallback, Gate, Keep, Recipe, Skip, rung_text
+from optimizer.recipe_reader import load, parse
 from passes.base import TORCH, Context, Model, Pass, PassError, Stage
 
 LABELLED = RIGHT.replace("task: perplexity", "task: classification").replace("group: path", "label: topic")

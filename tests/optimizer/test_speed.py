@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from toy_recipes import CHOICES, RIGHT
 
 from optimizer.errors import CannotRun, RecipeError
-from optimizer.recipe import Recipe, parse
+from optimizer.recipe import Recipe
+from optimizer.recipe_reader import parse
 from optimizer.speed import FIRST_LOOK, LAST_LOOK, Restart, SpeedLimit, SpeedVerdict, decide, judge, level_of_look
 from optimizer.speed_restarts import require_measurable
 from runtime.bench import Workload

@@ -7,9 +7,10 @@ import pytest
 from scoring_fakes import FakeScorer, documents, random_logits, write_rows, write_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from optimizer.evaluate.items import Document, TextReader, encoded_again, load_items
+from optimizer.evaluate.items import Document, encoded_again, load_items
 from optimizer.evaluate.perplexity import Perplexity, PerplexityBudget
 from optimizer.evaluate.run import evaluate
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Budget, judge
 from optimizer.quantities import Percent
 from optimizer.recipe import DataSource

@@ -9,8 +9,10 @@ from scoring_fakes import write_rows, write_tokenizer
 from optimizer.errors import RecipeError
 from optimizer.evaluate.calibration import load_calibration
 from optimizer.evaluate.data import DataError
-from optimizer.evaluate.items import Item, TextReader
-from optimizer.recipe import DataSource, parse
+from optimizer.evaluate.items import Item
+from optimizer.evaluate.text_reader import TextReader
+from optimizer.recipe import DataSource
+from optimizer.recipe_reader import parse
 from passes.base import TORCH, Pass, Stage
 
 DECODER = {

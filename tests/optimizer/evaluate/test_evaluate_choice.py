@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM
 from optimizer.errors import CannotRun
 from optimizer.evaluate.choice import LAYOUTS, Choice, ChoiceTally, Continuation, answer_index, read_question
 from optimizer.evaluate.data import DataError, read_records
-from optimizer.evaluate.items import TextReader, items_hash
+from optimizer.evaluate.items import items_hash
 from optimizer.evaluate.run import evaluate
 from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Budget, judge
 from optimizer.quantities import Drop
 from optimizer.recipe import DataSource

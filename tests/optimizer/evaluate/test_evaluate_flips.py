@@ -11,11 +11,12 @@ from optimizer.evaluate.choice import Choice
 from optimizer.evaluate.classification import Classification
 from optimizer.evaluate.flips import LONGEST, SHOWN, _shares, beginning, ending, find_flips
 from optimizer.evaluate.generation import Generation, Prompt
-from optimizer.evaluate.items import Item, TextReader
+from optimizer.evaluate.items import Item
 from optimizer.evaluate.lm_eval import LmEval
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.run import evaluate
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.recipe import DataSource
 from optimizer.record import Flip, Flips

@@ -14,9 +14,10 @@ from optimizer.evaluate import greedy
 from optimizer.evaluate.data import DataError
 from optimizer.evaluate.generation import Generation, Prompt, Stop, last_number
 from optimizer.evaluate.greedy import Answer, cache_bytes_per_token, walks
-from optimizer.evaluate.items import Item, TextReader
+from optimizer.evaluate.items import Item
 from optimizer.evaluate.run import evaluate
 from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Budget, judge
 from optimizer.recipe import DataSource
 from passes import _walk

@@ -13,8 +13,9 @@ from optimizer.errors import CannotRun, ExitCode
 from optimizer.evaluate.agreement import Agreement
 from optimizer.evaluate.classification import Classification
 from optimizer.evaluate.data import DataError, read_rows
-from optimizer.evaluate.items import Item, TextReader, items_hash, load_items, majority_share, make_items
+from optimizer.evaluate.items import Item, items_hash, load_items, majority_share, make_items
 from optimizer.evaluate.perplexity import Perplexity
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.recipe import DataSource
 
 DECODER = {

@@ -12,11 +12,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.choice import Choice, LikelihoodTally
-from optimizer.evaluate.items import TextReader, items_hash, load_items
+from optimizer.evaluate.items import items_hash, load_items
 from optimizer.evaluate.lm_eval import LmEval
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.run import evaluate, show
 from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Budget, judge
 from optimizer.recipe import DataSource
 from passes.base import Context

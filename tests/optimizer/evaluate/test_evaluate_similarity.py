@@ -14,11 +14,12 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError
-from optimizer.evaluate.items import TextReader, load_items
+from optimizer.evaluate.items import load_items
 from optimizer.evaluate.pairs import PairItem, Pairs
 from optimizer.evaluate.run import evaluate
 from optimizer.evaluate.scorers import RuntimeScorer, TorchScorer
 from optimizer.evaluate.similarity import Similarity
+from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import judge
 from optimizer.quantities import Drop
 from optimizer.recipe import DataSource

@@ -72,6 +72,7 @@ def whole(project: Project, digest: str) -> bool:
     return call(optimize("verify", project.output, "--digest", digest)).returncode == 0 and not beside
 
 
+@pytest.mark.slow
 def test_run_killed_again_and_again_goes_on_and_ends_with_the_same_identity(decoder: Finished, tmp_path: Path) -> None:
     project = decoder.project.copy(tmp_path, with_store=False)
     moments = random.Random(7)

@@ -38,6 +38,7 @@ def timed(decoder: Finished, tmp_path_factory: pytest.TempPathFactory) -> Projec
     return project
 
 
+@pytest.mark.slow
 def test_lax_budget_passes_and_is_told_with_both_rates(timed: Project) -> None:
     said = (timed.folder / "said.txt").read_text()
     number = r"[\d,]+"
@@ -67,6 +68,7 @@ def test_reference_is_the_source_exported_and_fused_and_is_stored(
     assert [step["is_stored"] for step in steps[1:]] == [True, True]
 
 
+@pytest.mark.slow
 def test_strict_budget_is_exit_1_and_no_artifact(
     decoder: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

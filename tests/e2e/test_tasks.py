@@ -98,6 +98,7 @@ def test_a_metric_without_an_interval_cannot_be_gated(project: Project) -> None:
     assert "words acc " in done.stdout
 
 
+@pytest.mark.slow
 def test_a_metric_module_of_the_users_is_judged_and_less_of_it_may_be_better(tmp_path: Path) -> None:
     write_classifier_project(tmp_path / "project")
     project = Project(tmp_path / "project" / "recipe.yaml", tmp_path / "store", tmp_path / "out")

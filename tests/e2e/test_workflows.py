@@ -217,6 +217,7 @@ def test_every_example_of_the_page_is_one_of_those_that_are_run() -> None:
     assert [kind for kind, _ in EXAMPLES] == ["yaml", "yaml", "yaml", "sh"]
 
 
+@pytest.mark.slow
 def test_workflow_makes_a_candidate_and_judges_it(job: Job) -> None:
     workflow = yaml.safe_load(example(".github/workflows/model.yml"))
     steps = workflow["jobs"]["gate"]["steps"]
@@ -229,6 +230,7 @@ def test_workflow_makes_a_candidate_and_judges_it(job: Job) -> None:
     shutil.rmtree(job.folder / "candidate")
 
 
+@pytest.mark.slow
 def test_gitlab_job_runs(job: Job) -> None:
     gate = yaml.safe_load(example(".gitlab-ci.yml"))["gate"]
     job.script("\n".join(gate["script"]), {"GITHUB_ACTIONS": ""})

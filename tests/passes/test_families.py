@@ -97,6 +97,7 @@ def test_a_family_off_the_interface_takes_the_plain_route_with_the_same_inputs(t
     assert [value.name for value in runner.graph.graph.output[:3]] == ["logits", "present.0.key", "present.0.value"]
 
 
+@pytest.mark.slow
 def test_a_family_exact_for_one_row_alone_says_so_in_its_signature(tmp_path: Path) -> None:
     # GPT-Neo cuts its own mask out of a table by the length of the longest row.
     model = made("GPTNeoForCausalLM", tmp_path / "model", LOCAL)

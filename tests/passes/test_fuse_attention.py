@@ -24,11 +24,11 @@ from passes.quantize_rtn import QuantizeRtn
 FUSE = FuseAttention()
 INT8 = QuantizeRtn(format="int8", group_size=32)
 ROWS_INT8 = QuantizeInt8()
-ENCODERS: list[tuple[str, tuple[Pass, ...]]] = [
+ENCODERS = [
     ("bert-sharp", (ROWS_INT8, EXPORT)),
     ("bert-sharp", (EXPORT,)),
     ("bert-sharp", (INT8, EXPORT)),
-    ("mpnet-sharp", (EXPORT,)),
+    pytest.param("mpnet-sharp", (EXPORT,), marks=pytest.mark.slow),
 ]
 
 

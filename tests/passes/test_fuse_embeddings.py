@@ -24,7 +24,9 @@ FUSE = FuseEmbeddings()
     ("name", "word", "position", "types"),
     [
         ("bert-sharp", "word_embeddings", "position_embeddings", "token_type_embeddings"),
-        ("mpnet-sharp", "word_embeddings", "position_embeddings", None),  # its positions differ by sequence
+        pytest.param(  # its positions differ by sequence
+            "mpnet-sharp", "word_embeddings", "position_embeddings", None, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_look_ups_and_norm_become_one_operator(

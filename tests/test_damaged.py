@@ -129,6 +129,7 @@ def test_verdicts_on_counts_are_kept(tmp_path):
     assert second.known == {"0 0 120 0.03": "pass"}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(lost=st.integers(0, 14), gained=st.integers(0, 6))
 def test_regions_decide_as_judge(lost, gained):

@@ -122,6 +122,7 @@ def test_kill_while_packing_leaves_no_half_artifact(decoder: Finished, tmp_path:
     assert whole(project, decoder.digest)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_end_well(decoder: Finished, tmp_path: Path) -> None:
     project = decoder.project.copy(tmp_path)
     forget(project.store, but='"nodes"')  # all but the export is made again, by both
@@ -132,7 +133,12 @@ def test_two_runs_at_once_end_well(decoder: Finished, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "file"), [('"matched"', "entry.json"), ('"layers_quantized"', "*.*"), ("result.npz", "*.npz")]
+    ("words", "file"),
+    [
+        ('"matched"', "entry.json"),
+        pytest.param('"layers_quantized"', "*.*", marks=pytest.mark.slow),
+        pytest.param("result.npz", "*.npz", marks=pytest.mark.slow),
+    ],
 )
 def test_damaged_entry_is_told_in_a_line_and_built_again(
     decoder: Finished, tmp_path: Path, words: str, file: str

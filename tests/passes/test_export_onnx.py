@@ -29,13 +29,13 @@ from passes.fuse_norm import FuseNorm
 
 EXACT = TOLERANCE / 10
 """Float32 sums in another order: 1e-7 to 2e-6 measured."""
-MODELS: list[tuple[str, tuple[Pass, ...]]] = [
+MODELS = [
     ("llama", ()),
     ("qwen2", ()),
     ("bert", ()),
     ("llama", (TABLES_IN_INT8,)),
-    ("qwen2", (MIXED,)),
-    ("llama", (MANY_BITS,)),
+    pytest.param("qwen2", (MIXED,), marks=pytest.mark.slow),
+    pytest.param("llama", (MANY_BITS,), marks=pytest.mark.slow),
 ]
 
 

@@ -26,7 +26,7 @@ from passes.smooth_quant import SmoothQuant
 
 STATIC = QuantizeInt8(activations="static", calibration=CALIBRATION)
 CHAINS = [
-    ("llama-deep", 2, (TABLES_IN_INT8, EXPORT, FuseGqa(), FuseNorm())),
+    pytest.param("llama-deep", 2, (TABLES_IN_INT8, EXPORT, FuseGqa(), FuseNorm()), marks=pytest.mark.slow),
     pytest.param("modernbert-deep", 2, (STATIC, EXPORT, FuseRotary(), FuseAttention()), marks=pytest.mark.slow),
     pytest.param("gpt2", 1, (SmoothQuant(calibration=CALIBRATION), EXPORT), marks=pytest.mark.slow),
 ]

@@ -211,7 +211,7 @@ def exported(model: Model, folder: Path) -> Path:
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("mode", ["mean", pytest.param("cls", marks=pytest.mark.slow)])
 def test_torch_and_runtime_embed_alike_and_as_a_plain_loop(tmp_path, mode):
     modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
     (tmp_path / "1_Pooling").mkdir()

@@ -366,13 +366,16 @@ def generate(
 def predict(folder: Artifact, threads: Threads = None, json: AsJson = False) -> int:
     """Classify the lines of standard input.
 
-    Prints the label and its probability, one line for each text.
+    Prints the label and its probability, one line for each text. Which texts were cut to what the model reads is told
+    on standard error, and by `is_cut` with --json.
     """
     from dataclasses import asdict
 
     from runtime.prediction import TextClassifier
 
-    predictions = TextClassifier.load(folder, threads=threads).predict(_standard_lines())
+    classifier = TextClassifier.load(folder, threads=threads)
+    predictions = classifier.predict(_standard_lines())
+    _warn(classifier.cut_note([prediction.is_cut for prediction in predictions]))
     if json:
         typer.echo(json_format.dumps([asdict(prediction) for prediction in predictions], ensure_ascii=False))
         return ExitCode.PASS
@@ -402,7 +405,10 @@ def embed(
 
     if output is not None and output.suffix != ".npy":
         raise CommandError(f"--output: got {output}, expected a name that ends in .npy")
-    vectors = TextEmbedder.load(folder, threads=threads).embed(_standard_lines(), prompt)
+    embedder = TextEmbedder.load(folder, threads=threads)
+    encoded = embedder.encode(_standard_lines(), prompt)
+    vectors = embedder.vectors([each.ids for each in encoded])
+    _warn(embedder.cut_note([each.is_cut for each in encoded]))
     if output is not None:
         import numpy
 
@@ -435,7 +441,9 @@ def rerank(
 
     from runtime.reranking import TextReranker
 
-    ranking = TextReranker.load(folder, threads=threads).rank(query, _standard_lines())
+    reranker = TextReranker.load(folder, threads=threads)
+    ranking = reranker.rank(query, _standard_lines())
+    _warn(reranker.cut_note([ranked.is_cut for ranked in sorted(ranking, key=lambda ranked: ranked.index)]))
     if json:
         typer.echo(json_format.dumps([asdict(ranked) for ranked in ranking], ensure_ascii=False))
         return ExitCode.PASS
@@ -493,12 +501,12 @@ def main(args: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> int:
     """Print what went wrong and return the exit code that says so."""
     from passes.base import PassError
-    from runtime.errors import PromptError, SamplingError, ServingError
+    from runtime.errors import DigestError, PromptError, SamplingError, ServingError
 
     message, code = str(error), ExitCode.CANNOT_RUN
     if isinstance(error, OptimizeError):
         code = error.exit_code
-    elif isinstance(error, PromptError | SamplingError):
+    elif isinstance(error, DigestError | PromptError | SamplingError):
         code = ExitCode.WRONG_INPUT
     elif hasattr(error, "format_message"):  # what typer raises for a wrong command line; its class is private
         message, code = f"{error.format_message().rstrip('.')}; see `optimize --help`", ExitCode.WRONG_INPUT
@@ -525,6 +533,12 @@ def _extra_with(module: str | None) -> str | None:
 def _tell(message: str, code: ExitCode) -> int:
     typer.echo(message, err=True)
     return code
+
+
+def _warn(note: str) -> None:
+    """Print a remark to standard error, if there is one."""
+    if note:
+        typer.echo(note, err=True)
 
 
 def _keep_traceback(error: Exception) -> str:

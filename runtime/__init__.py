@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 from runtime.artifact import Manifest, verify
-from runtime.errors import ArtifactError, PromptError, SamplingError, ServingError, SessionError
+from runtime.errors import ArtifactError, DigestError, PromptError, SamplingError, ServingError, SessionError
 
 if TYPE_CHECKING:
     from runtime.embedding import TextEmbedder
@@ -29,6 +29,7 @@ __all__ = [
     "ArtifactError",
     "Completion",
     "DecoderSession",
+    "DigestError",
     "EncoderSession",
     "Manifest",
     "Prediction",

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, cast
 
-from runtime.errors import ArtifactError
+from runtime.errors import ArtifactError, DigestError
 from runtime.external_data import MalformedGraph, external_locations
 
 FORMAT: Final = 1
@@ -158,8 +158,11 @@ def verify(folder: str | os.PathLike[str], digest: str | None = None) -> Manifes
         digest: the identity the caller expects (64 hexadecimal digits); None accepts any.
 
     Raises:
+        DigestError: `digest` is not 64 hexadecimal digits.
         ArtifactError: at the first thing that is not as listed.
     """
+    if digest is not None and not _SHA256.fullmatch(digest.lower()):
+        raise DigestError(f"digest: got {digest!r}, expected 64 hexadecimal digits")
     root = Path(folder)
     if not root.is_dir():
         raise ArtifactError(f"{root}: is not a folder; expected an artifact, a folder with {MANIFEST}")
@@ -241,8 +244,6 @@ def _read_manifest(root: Path) -> bytes:
 
 
 def _check_digest(root: Path, raw: bytes, wanted: str) -> None:
-    if not _SHA256.fullmatch(wanted.lower()):
-        raise ArtifactError(f"digest: got {wanted!r}, expected 64 hexadecimal digits")
     got = hashlib.sha256(raw).hexdigest()
     if got != wanted.lower():
         raise ArtifactError(f"{root}: is another artifact, got digest {got}, expected {wanted.lower()}")

@@ -12,6 +12,7 @@ from runtime.artifact import Manifest, Sentence
 from runtime.batching import equal_length_batches
 from runtime.encoder import TextEncoder
 from runtime.errors import ArtifactError, PromptError
+from runtime.tokenizer import Encoded
 
 VECTOR = "sentence_embedding"
 
@@ -56,11 +57,17 @@ class TextEmbedder(TextEncoder):
         Raises:
             PromptError: the model has no such prompt, or a text cannot be encoded.
         """
+        return self.vectors([each.ids for each in self.encode(texts, prompt)])
+
+    def encode(self, texts: Sequence[str], prompt: str | None = None) -> list[Encoded]:
+        """Return what `embed` reads of each text, with its prompt.
+
+        Raises:
+            PromptError: as `embed`.
+        """
         before = self._prompt(prompt)
         read = [before + text for text in texts]
-        return self.vectors(
-            self.tokenizer.encode_batch([text.lower() for text in read] if self.sentence.lower_case else read)
-        )
+        return self.tokenizer.encode_batch([text.lower() for text in read] if self.sentence.lower_case else read)
 
     def vectors(self, batch_of_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors `[n, width]` of n sequences of token ids, in the order given."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError
 from runtime.session import EncoderSession, pad_id
 from runtime.tokenizer import Tokenizer
+
+LINES_NAMED: Final = 10
 
 
 class TextEncoder:
@@ -51,6 +54,22 @@ class TextEncoder:
         cls.require(folder, manifest)
         session = EncoderSession(Path(folder) / manifest.graphs["model"], threads=threads, pad_id=pad_id(folder))
         return cls(manifest, session, Tokenizer.load(folder, max_tokens=manifest.context_length))
+
+    def cut_note(self, is_cut: Sequence[bool]) -> str:
+        """Say how many texts were cut to the context, and in which lines the first of them are; "" if none was.
+
+        Args:
+            is_cut: of each text, a line each, whether it was cut.
+        """
+        lines = [str(number) for number, each in enumerate(is_cut, 1) if each]
+        if not lines:
+            return ""
+        was, line = ("was", "line") if len(lines) == 1 else ("were", "lines")
+        more = f" and {len(lines) - LINES_NAMED} more" if len(lines) > LINES_NAMED else ""
+        return (
+            f"{len(lines)} of {len(is_cut)} texts {was} cut to {self.manifest.context_length} tokens: "
+            f"{line} {', '.join(lines[:LINES_NAMED])}{more}"
+        )
 
     @classmethod
     def require(cls, folder: str | os.PathLike[str], manifest: Manifest) -> None:

@@ -9,6 +9,10 @@ class ArtifactError(ServingError):
     """The folder is not an artifact that may be loaded."""
 
 
+class DigestError(ArtifactError, ValueError):
+    """What an artifact's identity is to be compared with is no identity."""
+
+
 class SessionError(ServingError):
     """ONNX Runtime is missing, refuses the graph, or the graph does not do what this runtime expects of it."""
 

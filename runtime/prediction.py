@@ -23,11 +23,13 @@ class Prediction:
         label: its name.
         index: its place among the logits.
         probability: its softmax probability.
+        is_cut: whether the end of the text was left out, for the model reads no more.
     """
 
     label: str
     index: int
     probability: float
+    is_cut: bool = False
 
 
 class TextClassifier(TextEncoder):
@@ -45,15 +47,16 @@ class TextClassifier(TextEncoder):
             texts: any number of texts.
             batch: texts per forward pass; texts of similar length run together.
         """
-        logits = self.logits(self.tokenizer.encode_batch(texts), batch)
+        encoded = self.tokenizer.encode_batch(texts)
+        logits = self.logits([each.ids for each in encoded], batch)
         labels = self.manifest.labels or [f"LABEL_{index}" for index in range(logits.shape[1])]
         if len(labels) != logits.shape[1]:
             got = f"got {logits.shape[1]} logits, expected one for each of {len(labels)} labels"
             raise ArtifactError(f"{self.manifest.graphs['model']}: {got}; build the artifact again")
         chosen = logits.argmax(axis=1)
         return [
-            Prediction(labels[index], int(index), float(probability))
-            for index, probability in zip(chosen, _largest_probability(logits), strict=True)
+            Prediction(labels[index], int(index), float(probability), each.is_cut)
+            for index, probability, each in zip(chosen, _largest_probability(logits), encoded, strict=True)
         ]
 
     def logits(self, batch_of_ids: Sequence[Sequence[int]], batch: int = BATCH_TEXTS) -> NDArray[np.float32]:

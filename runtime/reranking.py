@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from runtime.batching import equal_length_batches
 from runtime.encoder import TextEncoder
+from runtime.tokenizer import Encoded
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Ranked:
         index: its place among the documents given.
         score: larger is better; from 0 to 1 where the model's activation is the sigmoid.
         document: its text.
+        is_cut: whether the end of it, or of the query if that is longer, was left out, for the model reads no more.
     """
 
     index: int
     score: float
     document: str
+    is_cut: bool = False
 
 
 class TextReranker(TextEncoder):
@@ -35,9 +38,10 @@ class TextReranker(TextEncoder):
 
     def rank(self, query: str, documents: Sequence[str]) -> list[Ranked]:
         """Return the documents, best first; equal scores stay in the order given."""
-        scores = self.scores([(query, document) for document in documents])
+        encoded = self.tokenizer.encode_pairs([(query, document) for document in documents])
+        scores = self._scores(encoded)
         order = sorted(range(len(documents)), key=lambda index: -scores[index])
-        return [Ranked(index, float(scores[index]), documents[index]) for index in order]
+        return [Ranked(index, float(scores[index]), documents[index], encoded[index].is_cut) for index in order]
 
     def scores(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Return the score of each pair of texts `[n]`, in the order given.
@@ -45,11 +49,13 @@ class TextReranker(TextEncoder):
         A pair too long for the model loses tokens of its longer text. Only pairs of equal length run together, so that
         a score does not depend on the other pairs.
         """
-        encoded = self.tokenizer.encode_pairs(pairs)
+        return self._scores(self.tokenizer.encode_pairs(pairs))
+
+    def _scores(self, encoded: Sequence[Encoded]) -> NDArray[np.float32]:
         logits = np.empty(len(encoded), np.float32)
-        for indices in equal_length_batches([len(ids) for ids, _ in encoded]):
-            ids, types = zip(*(encoded[index] for index in indices), strict=True)
-            logits[indices] = self.session.run(ids, types)[:, 0]
+        for indices in equal_length_batches([len(pair.ids) for pair in encoded]):
+            part = [encoded[index] for index in indices]
+            logits[indices] = self.session.run([pair.ids for pair in part], [pair.types for pair in part])[:, 0]
         return _sigmoid(logits) if self.manifest.activation == "sigmoid" else logits
 
 

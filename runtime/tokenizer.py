@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.chat_template import ChatTemplate, Message
 from runtime.errors import ArtifactError, PromptError
@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     import tokenizers
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Encoded(NamedTuple):
+    """A text, or a pair of texts, as a model reads it.
+
+    Attributes:
+        ids: its tokens.
+        types: of each token, 0 for the first text and 1 for the second.
+        is_cut: whether tokens were left out, for the model reads no more.
+    """
+
+    ids: list[int]
+    types: list[int]
+    is_cut: bool
 
 
 class Tokenizer:
@@ -67,17 +81,17 @@ class Tokenizer:
         """Return the ids of a text, with the special tokens that the model expects around it."""
         return self._backend.encode(_unicode(text)).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, as `encode` does."""
-        return [encoding.ids for encoding in self._backend.encode_batch([_unicode(text) for text in texts])]
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """Return each text as `encode` does, and whether it was cut."""
+        return self._encode_each([_unicode(text) for text in texts])
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Return ids and types of each pair of texts: a type is 0 for the first text's tokens and 1 for the second's.
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Return each pair of texts in one sequence; where it is cut, the longer of the two texts is cut first."""
+        return self._encode_each([(_unicode(first), _unicode(second)) for first, second in pairs])
 
-        Where they are cut, the longer of the two texts is cut first.
-        """
-        texts = [(_unicode(first), _unicode(second)) for first, second in pairs]
-        return [(encoding.ids, encoding.type_ids) for encoding in self._backend.encode_batch(texts)]
+    def _encode_each(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Encoded]:
+        encodings = self._backend.encode_batch(list(texts))
+        return [Encoded(each.ids, each.type_ids, bool(each.overflowing)) for each in encodings]
 
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of a conversation, ending where the assistant's answer begins.

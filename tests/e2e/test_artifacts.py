@@ -101,7 +101,8 @@ QUESTIONS = [
     ("empty stop string", DECODER, [*GENERATE, "--stop", ""], WRONG, "stop: got"),
     ("no threads", DECODER, [*GENERATE, "--threads", "0"], WRONG, "'--threads'"),
     ("wrong digest", DECODER, ["verify", "--digest", "0" * 64], CANNOT, "is another artifact, got digest"),
-    ("digest of another length", DECODER, ["verify", "--digest", "123"], CANNOT, "digest: got '123', expected 64"),
+    ("digest of another length", DECODER, ["verify", "--digest", "123"], WRONG, "digest: got '123', expected 64"),
+    ("digest that is not hex", DECODER, ["verify", "--digest", "z" * 64], WRONG, "z', expected 64 hexadecimal digits"),
 ]  # fmt: skip
 
 
@@ -182,3 +183,29 @@ def test_rerank_as_json_tells_the_place_among_the_lines(capsys: pytest.CaptureFi
     ranking = TextReranker.load(RERANKER, threads=1).rank("fox", ["a fox", "日本語"])
     out = json.loads(answered("rerank", RERANKER, "--query", "fox", "--threads", 1, "--json", capsys=capsys))
     assert out == [asdict(ranked) for ranked in ranking]
+
+
+CUT = [
+    (CLASSIFIER, ["predict"], "1 of 3 texts was cut to 64 tokens: line 2\n"),
+    (EMBEDDER, ["embed"], "1 of 3 texts was cut to 24 tokens: line 2\n"),
+    (RERANKER, ["rerank", "--query", "fox"], "1 of 3 texts was cut to 64 tokens: line 2\n"),
+]
+
+
+@pytest.mark.parametrize(("folder", "command", "note"), CUT, ids=[case[1][0] for case in CUT])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["", "json"])
+def test_texts_that_were_cut_are_told_on_standard_error(
+    folder: Path,
+    command: list[str],
+    note: str,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = ["a fox", "a fox " * 100, "a"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(texts).encode())))
+    assert main([*command, *options, str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert err == note
+    if options and command != ["embed"]:  # whose document is vectors and nothing else
+        assert [answer["is_cut"] for answer in json.loads(out)].count(True) == 1

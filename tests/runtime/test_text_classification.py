@@ -43,6 +43,27 @@ def test_long_texts_are_cut_to_the_context_and_keep_their_special_tokens(classif
     assert (len(ids), ids[0], ids[-1]) == (64, 1, 2)
 
 
+def test_a_text_that_was_cut_says_so(classifier: TextClassifier) -> None:
+    words = "x " * 100
+    fits = next(n for n in range(200, 0, -1) if len(classifier.tokenizer.encode(words[:n])) < 64)
+    texts = ["x", words, words[:fits], ""]
+    assert [prediction.is_cut for prediction in classifier.predict(texts)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("cut", "note"),
+    [
+        ([], ""),
+        ([False, False], ""),
+        ([False, True], "1 of 2 texts was cut to 64 tokens: line 2"),
+        ([True, False, True], "2 of 3 texts were cut to 64 tokens: lines 1, 3"),
+        ([True] * 12, "12 of 12 texts were cut to 64 tokens: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"),
+    ],
+)
+def test_what_was_cut_is_told_by_line(classifier: TextClassifier, cut: list[bool], note: str) -> None:
+    assert classifier.cut_note(cut) == note
+
+
 def test_no_texts_give_no_predictions(classifier: TextClassifier) -> None:
     assert classifier.predict([]) == []
 

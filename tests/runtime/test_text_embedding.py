@@ -61,6 +61,7 @@ def test_texts_are_lower_cased_where_the_model_asks_for_it(embedder: TextEmbedde
 def test_long_texts_are_cut_to_what_the_model_reads(embedder: TextEmbedder) -> None:
     assert embedder.manifest.context_length == 24  # below the 64 positions: the model's own max_seq_length
     assert len(embedder.tokenizer.encode("привет мир " * 100)) == 24
+    assert [each.is_cut for each in embedder.encode(["x", "привет мир " * 100])] == [False, True]
 
 
 def test_no_texts_give_no_vectors(embedder: TextEmbedder) -> None:

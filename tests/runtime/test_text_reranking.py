@@ -50,9 +50,14 @@ def test_a_score_does_not_depend_on_the_other_pairs(reranker: TextReranker) -> N
 
 
 def test_the_longer_text_of_a_pair_is_cut_first(reranker: TextReranker) -> None:
-    ids, types = reranker.tokenizer.encode_pairs([("a b", "fox " * 100)])[0]
-    short = reranker.tokenizer.encode_pairs([("a b", "fox")])[0][1]
-    assert (len(ids), types.count(0)) == (64, short.count(0))
+    long, short = reranker.tokenizer.encode_pairs([("a b", "fox " * 100), ("a b", "fox")])
+    assert (len(long.ids), long.types.count(0)) == (64, short.types.count(0))
+
+
+def test_a_pair_that_was_cut_says_so(reranker: TextReranker) -> None:
+    ranking = reranker.rank(QUERY, ["fox", "fox " * 100])
+    assert {ranked.index: ranked.is_cut for ranked in ranking} == {0: False, 1: True}
+    assert all(ranked.is_cut for ranked in reranker.rank("fox " * 100, ["fox", ""]))
 
 
 def test_scores_without_an_activation_are_the_logits(reranker_folder: Path, tmp_path: Path) -> None:

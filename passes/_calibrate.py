@@ -22,6 +22,8 @@ from passes.base import PassError
 if TYPE_CHECKING:
     from passes._skeleton import Skeleton
 
+ENOUGH_TEXTS = 32
+"""Calibration texts below which a result says how few they were."""
 BINS = 1 << 14
 LEVELS = 255
 """Steps between the least and the greatest uint8."""
@@ -107,6 +109,14 @@ def observe(skeleton: Skeleton, layers: Sequence[str], sequences: Sequence[Seque
         if not histogram.counts.any():
             raise PassError(f"{name}: no value reached it while the model ran over the calibration texts; exclude it")
     return seen
+
+
+def few_texts_note(texts: Sequence[Sequence[int]]) -> str:
+    """Say that ranges were found on few texts; "" if there were ENOUGH_TEXTS."""
+    if len(texts) >= ENOUGH_TEXTS:
+        return ""
+    counted = f"{len(texts)} calibration text{'' if len(texts) == 1 else 's'}"
+    return f"ranges found on {counted}, and on so few they are narrow: give {ENOUGH_TEXTS} or more"
 
 
 def watch(

@@ -74,12 +74,16 @@ class QuantizeInt8(BlockPass):
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Find the ranges of static activations, then walk over the parts; note what has to stay in float."""
+        from passes._calibrate import few_texts_note
         from passes._skeleton import build_module
 
-        ranges = ctx.workdir / RANGES
-        if self.calibration is not None and not ranges.exists():
-            _write_ranges(ranges, self._ranges(model, ctx.calibration[self.calibration]))
-        return replace(super().run(model, ctx), note=self._selection().note(build_module(model.config, "sdpa")))
+        ranges, notes = ctx.workdir / RANGES, [self._selection().note(build_module(model.config, "sdpa"))]
+        if self.calibration is not None:
+            texts = ctx.calibration[self.calibration]
+            notes.append(few_texts_note(texts))
+            if not ranges.exists():
+                _write_ranges(ranges, self._ranges(model, texts))
+        return replace(super().run(model, ctx), note="; ".join(filter(None, notes)))
 
     def run_block(self, name: str, module: PreTrainedModel, ctx: Context) -> Mapping[str, QuantizedLayer]:
         """Quantize every chosen layer of one part."""

@@ -86,6 +86,7 @@ class SmoothQuant(Pass):
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Find pairs and scales, then fold these in, part by part."""
+        from passes._calibrate import few_texts_note
         from passes._pairs import find_pairs
         from passes._skeleton import Skeleton
         from passes._walk import run_blocks
@@ -102,7 +103,8 @@ class SmoothQuant(Pass):
         result = run_blocks(partial(_fold, pairs, largest, self.alpha), model, ctx)
         readers = sum(len(pair.readers) for pair in pairs)
         changes = {"pairs_folded": len(pairs), "layers_smoothed": readers, "layers_left": len(refused)}
-        return replace(result, changes=changes, note=first if refused else "")
+        notes = [first if refused else "", few_texts_note(texts)]
+        return replace(result, changes=changes, note="; ".join(filter(None, notes)))
 
     def ensures(self, before: Model, after: Model, ctx: Context) -> None:
         """Check that the answers are kept, and that no channel stands out of its layer's input as far as before."""

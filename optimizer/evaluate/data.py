@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import tempfile
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from optimizer.errors import ExitCode, OptimizeError
 from optimizer.reader import suggest
@@ -24,6 +26,9 @@ class DataError(OptimizeError):
 
     exit_code = ExitCode.WRONG_INPUT
 
+
+LONGEST_CELL = 2**31 - 1
+"""Characters; the `csv` module's own limit is shorter than many documents."""
 
 Choose = Callable[[Sequence[str]], Iterable[tuple[str, str]]]
 """Takes the names of all columns, returns (what for, column) of those to read."""
@@ -116,13 +121,71 @@ def _read_file(path: Path, source: DataSource, choose: Choose) -> Iterator[Recor
         yield Record(where, row, None if source.group is None else str(row[source.group]))
 
 
-def _read_dataset(path: Path, form: str, cache: str) -> Any:
-    import datasets
+def csv_rows(path: Path) -> Iterator[list[str]]:
+    """Yield the header of a CSV file, then its rows; blank lines are none.
 
+    Raises:
+        DataError: it is not UTF-8, quotes in it do not match, or a row has more cells than the header.
+    """
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open("rb") as file:
+            yield from _whole_rows(path, csv.reader(_lines(path, file), strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _whole_rows(path: Path, reader: Any) -> Iterator[list[str]]:
+    """Yield the rows of a `csv.reader`; the first that is malformed ends them."""
+    width = count = 0  # of the header, and of the rows with it
+    begun = 1  # line
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row) or len(row) > 1:
+                width = width or len(row)
+                if len(row) > width:
+                    raise DataError(
+                        f"{path}: row {count} (line {begun}): got {len(row)} cells, expected at most {width}, as in "
+                        "the header; put a cell that holds a comma between double quotes"
+                    )
+                yield row
+                count += 1
+            begun = reader.line_num + 1
+    except csv.Error:
+        raise DataError(
+            f"{path}: {f'row {count}' if count else 'header'} (line {begun}): its double quotes do not match, expected "
+            "one at either end of a cell; write one that is part of the text twice"
+        ) from None
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    """Yield the lines of a file, ends kept: all that `csv` takes for one."""
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            got = f"the byte {line[error.start]:#04x}"
+            raise DataError(f"{path}: line {number}: got {got}, expected UTF-8; save the file as UTF-8") from None
+        if "\0" in text:
+            raise DataError(f"{path}: line {number}: got a NUL character, expected text; save the file as UTF-8")
+        yield from io.StringIO(text, newline="")
+
+
+def require_file(path: Path, form: str) -> None:
+    """Refuse what is no file, or an empty one."""
     if not path.is_file():
         raise DataError(f"{path}: no such file, expected a {form} file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty, expected rows")
+
+
+def _read_dataset(path: Path, form: str, cache: str) -> Any:
+    import datasets
+
+    require_file(path, form)
+    if form == "csv":
+        for _ in csv_rows(path):  # the library reads some malformed files as others than they are
+            pass
     # `Dataset.from_*` builds in place; `load_dataset` would report every use to the Hub's download counter.
     try:
         if form == "json":

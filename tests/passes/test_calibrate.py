@@ -12,10 +12,12 @@ from tiny_models import TEXTS, Workshop
 from passes._calibrate import (
     BINS,
     CALIBRATORS,
+    ENOUGH_TEXTS,
     LEVELS,
     Histogram,
     Range,
     entropy,
+    few_texts_note,
     minmax,
     mse,
     observe,
@@ -169,3 +171,10 @@ def test_observing_counts_every_value_that_reaches_a_layer(workshop: Workshop, n
 def test_a_layer_that_is_never_run_is_named(workshop: Workshop) -> None:
     with pytest.raises(PassError, match=r"lm_head: no value reached it .* exclude it"):
         observe(Skeleton(workshop.model("llama")), ["lm_head"], TEXTS)
+
+
+def test_few_texts_are_told_and_enough_are_not() -> None:
+    assert few_texts_note([(1, 2)] * ENOUGH_TEXTS) == ""
+    for count, texts in ((ENOUGH_TEXTS - 1, "31 calibration texts"), (1, "1 calibration text")):
+        note = few_texts_note([(1, 2)] * count)
+        assert note == f"ranges found on {texts}, and on so few they are narrow: give 32 or more"

@@ -70,7 +70,8 @@ def test_the_range_of_a_static_layer_comes_from_the_texts(workshop: Workshop, tm
     skeleton.module.get_submodule(layer).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     texts = TEXTS[:1]
     list(walk(skeleton, [lambda module: module(input_ids=torch.tensor(texts)).logits]))
-    step.run(model, Context(workdir=tmp_path, source=model, calibration={CALIBRATION: texts}))
+    result = step.run(model, Context(workdir=tmp_path, source=model, calibration={CALIBRATION: texts}))
+    assert result.note.startswith("ranges found on 1 calibration text,")
     scale, zero = json.loads((tmp_path / RANGES).read_text())[layer]
     assert scale == pytest.approx(float(seen[0].max() - seen[0].min()) / 255, rel=1e-6)
     assert zero == round(-float(seen[0].min()) / scale)

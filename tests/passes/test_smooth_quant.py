@@ -140,6 +140,7 @@ def test_the_function_is_kept_and_the_weights_are_not(workshop: Workshop, tmp_pa
     assert float((got - want).abs().max() / (want.max() - want.min())) < 1e-5  # products of scaled float32
     pairs = found_in(workshop, name).pairs
     assert result.changes["pairs_folded"] == len(pairs)
+    assert f"ranges found on {len(TEXTS)} calibration texts" in result.note
     before, after = Skeleton(model), Skeleton(result.model)
     assert all(not torch.equal(before.read(f"{p.source}.weight"), after.read(f"{p.source}.weight")) for p in pairs)
 

@@ -202,6 +202,27 @@ def test_csv_texts_that_look_missing_are_texts(tmp_path):
     assert [(row.text, row.label) for row in rows] == [("null", "x"), ("NA, or not", "y")]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbftext,label\r\n"a,\r\nb",x\r\n\r\nc,y\r\n',
+        b'text,label\n"a,\r\nb",x\n  \nc,y',
+        b'text,label,more\n"a,\r\nb",x\nc,y\n',
+    ],
+    ids=["byte order mark", "no end of line", "short rows"],
+)
+def test_csv_files_of_other_programs_are_read(tmp_path, content):
+    (tmp_path / "d.csv").write_bytes(content)
+    rows = read_rows(DataSource(csv=tmp_path / "d.csv", label="label"))
+    assert [(row.text.replace("\r", ""), row.label) for row in rows] == [("a,\nb", "x"), ("c", "y")]
+
+
+def test_a_csv_cell_may_be_long(tmp_path):
+    text = "a" * 200_000  # the csv module takes 131,072 unless told
+    (tmp_path / "d.csv").write_text(f"text\n{text}\n")
+    assert read_rows(DataSource(csv=tmp_path / "d.csv"))[0].text == text
+
+
 def test_a_json_array_is_read_too(tmp_path):
     (tmp_path / "d.json").write_text('[{"text": "a"}, {"text": "b"}]')
     assert [row.text for row in read_rows(DataSource(json=tmp_path / "d.json"))] == ["a", "b"]
@@ -254,14 +275,20 @@ def test_the_library_that_reads_files_says_nothing_of_its_own(tmp_path, capfd):
         ("d.jsonl", '{"text": "a"}\n{"text": null}', "row 2: text: got nothing, expected a text"),
         ("d.jsonl", '{"text": 3}', "row 1: text: got 3, expected a text"),
         ("d.csv", "text\n", "got a header without rows"),
-        ("d.csv", 'text\na,1,3\nb,"\n', "cannot be read as csv"),
+        ("d.csv", "text,label\na,x\n\nb,x,3\n", "row 2 (line 4): got 3 cells, expected at most 2, as in the header"),
+        ("d.csv", "text,label\na,b,x\na,b,x\n", "row 1 (line 2): got 3 cells"),  # pandas takes a for the row's name
+        ("d.csv", 'text\na\n"b\nc\n', "row 2 (line 3): its double quotes do not match"),
+        ("d.csv", 'text\n"a ""b"" c"\n"a "b" c"\n', "row 2 (line 3): its double quotes do not match"),
+        ("d.csv", '"text\na\n', "header (line 1): its double quotes do not match"),
+        ("d.csv", "text\na\nb\0\n", "line 3: got a NUL character, expected text"),
+        ("d.csv", "text\na\ncaf\udce9\n", "line 3: got the byte 0xe9, expected UTF-8"),
         ("d.csv", "text\n1\n2\n", "row 1: text: got 1, expected a text"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line_with_exit_code_2(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError) as caught:
         read_rows(DataSource(**{"csv" if name.endswith("csv") else "json": path}))
     assert message in str(caught.value)

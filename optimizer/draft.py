@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from optimizer.catalogue import Catalogue
+from optimizer.columns import Column, columns_of, form_of
 from optimizer.errors import CannotRun, CommandError
+from optimizer.quiet import quiet_libraries
 from optimizer.schema import first_line, option_lines, written
-from passes._kind import kind_of
+from passes._kind import architecture_of, kind_of, typed_config
 from passes.base import PassError, no_progress
 
 LONGEST_CONTEXT = 1024
+
+
+TEXT = Column(
+    "text",
+    ("text", "sentence", "sentence1", "content", "query", "question", "utterance", "review"),
+    "key or column with the text",
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Kind:
 
     suffix: str
     chain: Mapping[str, Mapping[str, object]]
-    data: tuple[str, ...]
+    data: tuple[Column, ...]
     evaluate: tuple[str, ...]
     gate: tuple[str, ...]
 
@@ -38,8 +47,8 @@ DECODER = Kind(
         "fuse_norm": {},
     },
     data=(
-        "text: text            # key or column with the text",
-        "# group: document     # key or column that ties texts of one document together",
+        TEXT,
+        Column("group", ("document", "group"), "key or column that ties texts of one document together", False),
     ),
     evaluate=(
         "perplexity: {task: perplexity, data: held_out, context: CONTEXT}",
@@ -51,17 +60,20 @@ DECODER = Kind(
         "size: {max_ratio: 0.5}            # artifact's weights / source's weights",
     ),
 )
-ENCODER_CHAIN: Mapping[str, Mapping[str, object]] = {
-    "quantize_rtn": {"format": "int8", "group_size": 32},
+_ENCODER_GRAPH: Mapping[str, Mapping[str, object]] = {
     "export_onnx": {},
     "fuse_attention": {"optional": True},  # some families write attention in a form of their own
 }
 CLASSIFIER = Kind(
     suffix="int8",
-    chain=ENCODER_CHAIN,
+    chain={"quantize_int8": {"embedding": "int8"}, **_ENCODER_GRAPH},
     data=(
-        "text: text            # key or column with the text",
-        "label: label          # key or column with the label",
+        TEXT,
+        Column(
+            "label",
+            ("label", "labels", "category", "intent", "class", "target", "sentiment", "topic"),
+            "key or column with the label",
+        ),
     ),
     evaluate=("accuracy: {task: classification, data: held_out, metric: accuracy, context: CONTEXT}",),
     gate=(
@@ -69,22 +81,34 @@ CLASSIFIER = Kind(
         "size: {max_ratio: 0.8}       # artifact's weights / source's weights",
     ),
 )
-_PAIRS = (
-    "text: text            # key or column with the text; pairs are made of the texts if none are given",
-    "# pair: sentence2     # key or column with a second text",
-    "# score: score        # key or column with how similar people find the two: then that is what is correlated with",
+_SECOND = (
+    Column("pair", ("sentence2", "text2", "document", "passage", "answer"), "key or column with a second text", False),
+    Column(
+        "score",
+        ("score", "similarity_score", "similarity"),
+        "key or column with how similar people find the two: then that is what is correlated with",
+        False,
+    ),
 )
 _SIMILARITY = "similarity: {task: similarity, data: held_out, context: CONTEXT}"
 _SIMILARITY_GATE = "similarity: {max_drop: 0.5pt}    # of Spearman's rank correlation: 1pt is 0.01"
 EMBEDDER = Kind(
     suffix="int8",
-    chain=ENCODER_CHAIN,
-    data=_PAIRS,
+    chain={"quantize_rtn": {"format": "int8", "group_size": 32}, **_ENCODER_GRAPH},
+    data=(replace(TEXT, hint=f"{TEXT.hint}; pairs are made of the texts if none are given"), *_SECOND),
     evaluate=(_SIMILARITY,),
     gate=(_SIMILARITY_GATE, "size: {max_ratio: 0.8}           # artifact's weights / source's weights"),
 )
 RERANKER = replace(
-    EMBEDDER, data=("text: query           # key or column with the first text, such as the query", *_PAIRS[1:])
+    EMBEDDER,
+    data=(
+        Column(
+            "text",
+            ("query", "question", *TEXT.names[:3]),
+            "key or column with the first text, such as the query",
+        ),
+        *_SECOND,
+    ),
 )
 KINDS: Mapping[str, Kind] = {
     "decoder": DECODER,
@@ -95,15 +119,16 @@ KINDS: Mapping[str, Kind] = {
 
 
 def draft(model: str, config: Mapping[str, Any], choices: Catalogue, *, device: str = "cpu", data: str = "") -> str:
-    """Return a recipe for `model`; `data` is the held-out file.
+    """Return a recipe for `model`; `data` is the held-out file, whose columns are looked up if it is there.
 
     Raises:
         CannotRun: no kind of recipe is known for the model's architecture.
+        DataError: the file has no columns, or they cannot be read.
     """
     kind = _kind(model, config)
     context = min(LONGEST_CONTEXT, int(config.get("max_position_embeddings") or LONGEST_CONTEXT))
     file = data or "held_out.jsonl"
-    reader = "csv" if file.endswith(".csv") else "json"
+    present = columns_of(Path(file)) if Path(file).exists() else None
     lines = [
         "# yaml-language-server: $schema=recipe.schema.json",
         "# Editors complete and check this file once `optimize schema > recipe.schema.json` has been run beside it.",
@@ -114,8 +139,8 @@ def draft(model: str, config: Mapping[str, Any], choices: Catalogue, *, device: 
         "",
         "data:",
         "  held_out:               # texts the model was not trained on; 100 or more make the gate sharp",
-        f"    {reader}: {json.dumps(file)}",
-        *(f"    {line}" for line in kind.data),
+        f"    {form_of(Path(file))}: {json.dumps(file)}",
+        *(f"    {line}" for column in kind.data for line in column.lines(file, present)),
         "",
         "evaluate:",
         *(f"  {line.replace('CONTEXT', str(context))}" for line in kind.evaluate),
@@ -124,7 +149,7 @@ def draft(model: str, config: Mapping[str, Any], choices: Catalogue, *, device: 
         "  alpha: 0.05             # chance of passing a model that is over budget",
         *(f"  {line}" for line in kind.gate),
         "",
-        "passes:",
+        "passes:                   # `optimize plan` tells whether they can take this model",
     ]
     for name, options in kind.chain.items():
         if name in choices.passes:
@@ -172,9 +197,30 @@ def _from_hub(model: str) -> Path:
 
 def _kind(model: str, config: Mapping[str, Any]) -> Kind:
     try:
-        return KINDS[kind_of(config)]
+        kind = kind_of(config)
+        _require_lowerable(kind, config)
     except PassError as refusal:
         raise CannotRun(f"{model}: {refusal}") from None
+    return KINDS[kind]
+
+
+def _require_lowerable(kind: str, config: Mapping[str, Any]) -> None:
+    """Refuse what `config.json` alone shows that no chain lowers; the rest only a twin can tell, which `plan` makes.
+
+    Raises:
+        PassError: transformers does not take the configuration, or a layer keeps other state than keys and values.
+    """
+    try:
+        from passes._attention import require_keys_and_values
+
+        with quiet_libraries():
+            typed = typed_config(config)
+            if kind == "decoder":
+                require_keys_and_values(architecture_of(config), typed)
+    except PassError:
+        raise
+    except Exception:  # only what serves is installed, or the family says it in its modelling code
+        return
 
 
 def _pass_lines(name: str, kind: type, options: Mapping[str, object]) -> list[str]:

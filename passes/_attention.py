@@ -27,7 +27,7 @@ from passes._kind import first_line
 from passes.base import PassError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FUSED_NAME = "optimize_fused"
 ROUTES = ("fused", "plain")
@@ -79,9 +79,8 @@ def cache_shapes(module: PreTrainedModel) -> list[CacheShape]:
         PassError: some layer keeps another state than keys and values, or layers share what they keep.
     """
     name = type(module).__name__
+    require_keys_and_values(name, module.config)
     cache = _Recorder(config=module.config)
-    if cache.other:
-        raise PassError(f"export_onnx: {name} keeps other state than keys and values: {cache.other}")
     hook = _head(module).register_forward_pre_hook(_stop)
     try:
         module(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
@@ -97,6 +96,22 @@ def cache_shapes(module: PreTrainedModel) -> list[CacheShape]:
             "expected 0, 1, 2, ...; a layer that reads another layer's cache cannot be lowered"
         )
     return [cache.seen[layer] for layer in range(len(cache.seen))]
+
+
+def require_keys_and_values(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a decoder whose configuration says that some layer keeps another state, such as a recurrence's.
+
+    Args:
+        name: its class, for the message.
+        config: its configuration; what that does not say, only a run of the model can tell.
+
+    Raises:
+        PassError: names the kinds of state.
+    """
+    if other := _Recorder(config=config).other:
+        raise PassError(
+            f"export_onnx: {name} keeps other state than keys and values: {other}, which cannot be lowered yet"
+        )
 
 
 def _head(module: PreTrainedModel) -> nn.Module:

@@ -183,8 +183,8 @@ class Chain:
                 f"passes.{index}.otherwise: keep: too few items to set some aside for choosing layers; add "
                 "`calibration: NAME`, an entry of `data` with other texts"
             )
-        worst = rank(self.maker, index, before.model, before.key, texts).layers[: chosen.worst]
-        return keep(first, [name for layer in worst for name in layer.layers], chosen.format)
+        ranked = rank(self.maker, index, before.model, before.key, texts)
+        return keep(first, ranked.worst(chosen.worst, chosen.format), chosen.format)
 
     def _has_rungs(self, index: int) -> bool:
         return self.rungs[index] < len(self.recipe.fallback(index).otherwise)

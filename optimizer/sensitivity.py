@@ -104,6 +104,17 @@ class Sensitivity:
         total = sum(each.damage for each in self.layers if math.isfinite(each.damage))
         return layer.damage / total if total > 0 else math.nan
 
+    def worst(self, count: int, format: str) -> list[str]:
+        """Return the names of the layers with most damage, so many that are not in a format already.
+
+        Raises:
+            PassError: all of them are.
+        """
+        others = [layer for layer in self.layers if layer.format != format]
+        if not others:
+            raise PassError(f"{self.step}: keep: every layer is {format} already; name another format")
+        return [name for layer in others[:count] for name in layer.layers]
+
     def to_json(self) -> str:
         """Return all of it, and each layer's share, as one JSON document; numbers that JSON cannot say are null."""
         layers = [{**asdict(layer), "share": self.share(layer)} for layer in self.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optimizer.sensitivity import keep, kept_formats
+from optimizer.sensitivity import LayerDamage, Sensitivity, keep, kept_formats
 from passes._override import Override
 from passes.base import PassError
 from passes.export_onnx import ExportOnnx
@@ -40,3 +40,19 @@ def test_a_format_that_a_pass_does_not_know_is_refused() -> None:
     assert kept_formats(ExportOnnx) == ()
     with pytest.raises(PassError, match=r"export_onnx: got the format 'float' .* expected none: it treats all alike"):
         keep(ExportOnnx(), LAYERS, "float")
+
+
+def damaged(*formats: str) -> Sensitivity:
+    """Return layers of these formats, the worst first, called a, b, c."""
+    layers = tuple(
+        LayerDamage((name,), format, 1.0, 0.1, 0.8, 1.2, 10) for name, format in zip("abc", formats, strict=False)
+    )
+    return Sensitivity("r", "quantize_rtn", 0, "2 texts", 2, 10, "KL", 1.0, layers)
+
+
+def test_layers_that_have_the_format_already_are_not_among_the_worst() -> None:
+    assert damaged("int4", "int8", "int4").worst(1, "int8") == ["a"]
+    assert damaged("int4", "int8", "int4").worst(2, "int8") == ["a", "c"]
+    assert damaged("int8", "int8", "int4").worst(2, "float") == ["a", "b"]
+    with pytest.raises(PassError, match="quantize_rtn: keep: every layer is int8 already; name another format"):
+        damaged("int8", "int8").worst(1, "int8")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import gate_samples as samples
 import numpy as np
-from numpy.typing import NDArray
+from gate_samples import Array, Pair
 from scipy.special import ndtri
 
 from optimizer.gate import Budget, Scores, Spending, Verdict, judge, looks
@@ -18,22 +20,21 @@ from optimizer.power import forecast
 from optimizer.statistics import paired, power
 from optimizer.statistics.macro_f1 import macro_f1
 from optimizer.statistics.ratio import document_deviation
+from optimizer.statistics.records import Score
 from optimizer.statistics.spearman import spearman
 
-Array = NDArray[Any]
 Cell = dict[str, Any]
 Rule = Callable[[Array, Array], tuple[Array, Array]]
 """Takes counts of losses and gains, returns where it passes and where it fails."""
-Pair = tuple[Scores, Scores]
 
 ALPHA = 0.05
 Z = float(ndtri(1 - ALPHA))
 MOST_DISCORDANCE = 0.2
 NUISANCE_POINTS = 150
 CHECKED_TABLES = 3
-POPULATION = 2_000_000
-TOKENS_CUT = 1024
-EFFECT_SD, TOKEN_SD = 0.0346, 0.4
+BLOCKS = 50
+MARGIN = 0.02
+"""Nats a token, and share of changed positions."""
 
 
 # ---- right or wrong: enumerated
@@ -77,15 +78,8 @@ def _check_with_judge(look: power.Look, margin: float) -> None:
         lost = int(look.passes[gained])
         for edge, expected in ((lost, True), (lost + 1, False)):
             if edge >= 0:
-                verdict = judge(*right_and_wrong(look.n, edge, gained), Budget("accuracy", margin))
+                verdict = judge(*samples.right_and_wrong(look.n, edge, gained), Budget("accuracy", margin))
                 assert (verdict.outcome == "pass") == expected, (look.n, edge, gained)
-
-
-def right_and_wrong(n: int, lost: int, gained: int) -> Pair:
-    """Return scores with so many losses and gains."""
-    source = np.arange(n) < n - gained
-    candidate = np.arange(n) >= lost
-    return _pair("accuracy", {"correct": source}, {"correct": candidate})
 
 
 def grouped_cell(size: int, correlation: float, runs: int) -> Cell:
@@ -94,7 +88,7 @@ def grouped_cell(size: int, correlation: float, runs: int) -> Cell:
     Decided by the test alone, as `judge` decides; its bounds would take minutes more.
     """
     margin, counts = 0.02, dict.fromkeys(("pass", "fail", "normal pass", "normal fail", "points pass"), 0)
-    draw = grouped_losses(0.06, margin, size, correlation, 1000, seed=size)
+    draw = samples.grouped_losses(0.06, margin, size, correlation, 1000, seed=size)
     for losses, groups in (next(draw) for _ in range(runs)):
         lost, gained = int(np.sum(losses > 0)), int(np.sum(losses < 0))
         effect = paired.grouped_design_effect(losses, groups)
@@ -107,19 +101,6 @@ def grouped_cell(size: int, correlation: float, runs: int) -> Cell:
         counts["normal fail"] += mean - width > margin
         counts["points pass"] += mean <= margin
     return {name: count / runs for name, count in counts.items()} | {"runs": runs}
-
-
-def grouped_losses(
-    discordance: float, loss: float, size: int, correlation: float, n: int, seed: int
-) -> Iterator[tuple[Array, tuple[str, ...]]]:
-    """Yield losses of 1, -1 or 0 in groups of `size`: each item copies its group's with a chance."""
-    random = np.random.default_rng(seed)
-    shares = [(discordance + loss) / 2, (discordance - loss) / 2, 1 - discordance]
-    groups = tuple(str(item // size) for item in range(n))
-    while True:
-        own = random.choice([1.0, -1.0, 0.0], size=n, p=shares)
-        shared = np.repeat(random.choice([1.0, -1.0, 0.0], size=n // size, p=shares), size)
-        yield np.where(random.random(n) < math.sqrt(correlation), shared, own), groups
 
 
 def top_up_cell(margin: float, most: int, fail_alpha: float) -> Cell:
@@ -158,41 +139,86 @@ def forecast_cell(margin: float, discordance: float) -> Cell:
 # ---- all others: simulated
 
 
+def perplexity_cell(damage: str, documents: int, runs: int, *, loss: float = MARGIN, has_looks: bool = False) -> Cell:
+    """Simulate documents that lose `loss` nats a token."""
+    budget = Budget("perplexity", math.expm1(MARGIN))
+    draw = samples.perplexities(damage, documents, loss, seed=documents)
+    found = simulated(draw, budget, runs, Spending(documents) if has_looks else None)
+    deviation = samples.perplexity_deviation(damage, loss)
+    return found | {"promised": forecast(budget, documents, deviation, loss=math.expm1(loss)).power}
+
+
+def flips_cell(documents: int, runs: int) -> Cell:
+    """Simulate changed positions at a rate of 2 %, correlated within documents."""
+    return simulated(samples.flips(MARGIN, 0.02, documents, seed=documents), Budget("flips", MARGIN), runs)
+
+
+def f1_cell(zipf: bool, lost: float, gained: float, n: int, runs: int) -> Cell:
+    """Simulate labels of 10 classes, of which some change."""
+    limit = samples.f1_loss(10, zipf, lost, gained)
+    return simulated(samples.labelled(10, zipf, lost, gained, n, seed=n), Budget("f1", limit), runs)
+
+
+def f1_power_cell(n: int, runs: int) -> Cell:
+    """Simulate a lossless change of 4 % of the answers, and what was forecast of it."""
+    budget = Budget("f1", 0.015)
+    found = simulated(samples.labelled(10, False, 0.02, 0.02, n, seed=n), budget, runs)
+    return found | {"promised": forecast(budget, n, 0.04).power}
+
+
+def spearman_cell(is_concentrated: bool, n: int, runs: int) -> Cell:
+    """Simulate similarities."""
+    budget = Budget("spearman", samples.spearman_loss(is_concentrated))
+    return simulated(samples.orders(is_concentrated, n, seed=7), budget, runs)
+
+
+def kappa_cell(lost: float, gained: float, n: int, runs: int) -> Cell:
+    """Simulate a score of which the gate knows nothing."""
+    budget = Budget("kappa", samples.kappa_loss(lost, gained), compute=samples.kappa)
+    return simulated(samples.kappas(lost, gained, n, seed=n), budget, runs)
+
+
 def simulated(draw: Iterator[Pair], budget: Budget, runs: int, spending: Spending | None = None) -> Cell:
-    """Judge `runs` samples; return the share of each outcome, and what points and a normal interval would say."""
-    counts = dict.fromkeys(("pass", "fail", "inconclusive", "normal pass", "normal fail", "points pass"), 0)
+    """Judge `runs` samples; return the share of each outcome, and what points and a normal interval would say.
+
+    `warned` is the share that passed and carried a warning.
+    """
+    counts = dict.fromkeys(("pass", "fail", "inconclusive", "normal pass", "normal fail", "points pass", "warned"), 0)
     for _ in range(runs):
-        verdict, (lower, upper) = _judged(*next(draw), budget, spending)
+        source, candidate = next(draw)
+        verdict = _judged(source, candidate, budget, spending)
+        lower, upper = _normal_bounds(source, candidate, budget)
         counts[verdict.outcome] += 1
+        counts["warned"] += verdict.outcome == "pass" and bool(verdict.flags)
         counts["points pass"] += verdict.difference <= budget.limit
         counts["normal pass"] += upper <= budget.limit
         counts["normal fail"] += lower > budget.limit
     return {name: count / runs for name, count in counts.items()} | {"runs": runs}
 
 
-def _judged(source: Scores, candidate: Scores, budget: Budget, spending: Spending | None) -> tuple[Verdict, Any]:
-    """Judge at every look until decided; the normal interval is that of all items."""
-    bounds = _normal_bounds(source, candidate)
+def _judged(source: Scores, candidate: Scores, budget: Budget, spending: Spending | None) -> Verdict:
+    """Judge all items, or at every look until decided."""
     if spending is None:
-        return judge(source, candidate, budget), bounds
+        return judge(source, candidate, budget)
     previous = 0
     for n in looks(spending.most):
         verdict = judge(_first(source, n), _first(candidate, n), budget, spending=Spending(spending.most, previous))
         previous = verdict.looked_at
         if verdict.outcome != "inconclusive" or verdict.is_hopeless:
             break
-    return verdict, bounds
+    return verdict
 
 
 def _first(scores: Scores, n: int) -> Scores:
-    values = {name: array[:n] for name, array in scores.values.items()}
-    return Scores(scores.metric, scores.items, scores.groups[:n], values, scores.point)
+    return replace(scores, groups=scores.groups[:n], values={name: array[:n] for name, array in scores.values.items()})
 
 
-def _normal_bounds(source: Scores, candidate: Scores) -> tuple[float, float]:
-    """Return what a normal interval of the mean over tokens says, with documents as units; others have none."""
+def _normal_bounds(source: Scores, candidate: Scores, budget: Budget) -> tuple[float, float]:
+    """Return what a normal interval of all items says; documents are the units of a mean over tokens."""
     if "tokens" not in candidate.values:
-        return math.nan, math.nan
+        known: dict[str, Score] = {"f1": lambda answers, right: macro_f1(right, answers)}
+        known["spearman"] = lambda answers, right: spearman(right, answers)
+        return _jackknife_bounds(source, candidate, budget.compute or known[budget.metric])
     if source.metric == "perplexity":
         sums = candidate.values["nll"] - source.values["nll"]
     else:
@@ -203,109 +229,15 @@ def _normal_bounds(source: Scores, candidate: Scores) -> tuple[float, float]:
     return (math.expm1(bounds[0]), math.expm1(bounds[1])) if source.metric == "perplexity" else bounds
 
 
-def perplexities(damage: str, spread: float, documents: int, loss: float, seed: int) -> Iterator[Pair]:
-    """Yield documents cut at 1,024 tokens that lose `loss` nats a token on average.
-
-    Lengths are lognormal around 600. A document's own effect has a standard deviation of 0.0346 nats, a token's 0.4, as
-    measured with 4-bit weights; `damage` says how documents share the loss.
-    """
-    random = np.random.default_rng(seed)
-    while True:
-        tokens = np.clip(np.round(600 * np.exp(spread * random.normal(size=documents))), 2, TOKENS_CUT)
-        sums = tokens * (loss + _effects(damage, documents, loss, random))
-        sums += np.sqrt(tokens) * TOKEN_SD * random.normal(size=documents)
-        before = 2.0 * tokens
-        yield _pair("perplexity", {"nll": before, "tokens": tokens}, {"nll": before + sums, "tokens": tokens})
-
-
-def _effects(damage: str, count: int, loss: float, random: np.random.Generator) -> Array:
-    """Return effects of mean 0: symmetric, of skewness 2, of skewness 6, or 5 % of the documents lose everything."""
-    if damage == "symmetric":
-        return EFFECT_SD * random.normal(size=count)
-    if damage == "skewness 2":
-        return EFFECT_SD * (random.exponential(size=count) - 1)
-    if damage == "skewness 6":
-        drawn = np.exp(random.normal(size=count))
-        return EFFECT_SD * (drawn - math.exp(0.5)) / math.sqrt((math.e - 1) * math.e)
-    return loss * ((random.random(count) < 0.05) / 0.05 - 1)
-
-
-def perplexity_deviation(damage: str, spread: float, loss: float) -> float:
-    """Return the deviation of documents as a forecast wants it, from a large sample."""
-    source, candidate = next(perplexities(damage, spread, 200_000, loss, seed=99))
-    sums = candidate.values["nll"] - source.values["nll"]
-    return document_deviation(sums, candidate.values["tokens"])
-
-
-def flips(rate: float, correlation: float, documents: int, seed: int) -> Iterator[Pair]:
-    """Yield documents of 50 to 400 positions whose answers change with a rate that varies between documents."""
-    random = np.random.default_rng(seed)
-    strength = 1 / correlation - 1
-    while True:
-        tokens = random.integers(50, 401, size=documents)
-        changed = random.binomial(tokens, random.beta(rate * strength, (1 - rate) * strength, size=documents))
-        yield _pair("flips", {"flips": 0 * changed, "tokens": tokens}, {"flips": changed, "tokens": tokens})
-
-
-def labelled(classes: int, zipf: bool, lost: float, gained: float, n: int, seed: int) -> Iterator[Pair]:
-    """Yield labels and two models' answers; the first is right in 92 % of the items."""
-    random = np.random.default_rng(seed)
-    weights = 1 / np.arange(1, classes + 1) if zipf else np.ones(classes)
-    while True:
-        reference = random.choice(classes, size=n, p=weights / weights.sum())
-        wrong = (reference + random.integers(1, classes, size=n)) % classes
-        is_right, chance = random.random(n) < 0.92, random.random(n)
-        becomes_right = np.where(is_right, chance >= lost / 0.92, chance < gained / 0.08)
-        before, after = np.where(is_right, reference, wrong), np.where(becomes_right, reference, wrong)
-        yield _pair("f1", {"reference": reference, "answer": before}, {"reference": reference, "answer": after})
-
-
-def f1_loss(classes: int, zipf: bool, lost: float, gained: float) -> float:
-    """Return the macro-F1 lost in a population."""
-    source, candidate = next(labelled(classes, zipf, lost, gained, POPULATION, seed=99))
+def _jackknife_bounds(source: Scores, candidate: Scores, score: Score) -> tuple[float, float]:
+    """Return loss and normal interval of a score, its standard error from leaving out one block of items at a time."""
     reference = source.values["reference"]
-    return macro_f1(reference, source.values["answer"]) - macro_f1(reference, candidate.values["answer"])
+    before, after = source.values["answer"], candidate.values["answer"]
+    blocks = np.arange(len(reference)) % BLOCKS
 
+    def loss(kept: Array) -> float:
+        return score(before[kept], reference[kept]) - score(after[kept], reference[kept])
 
-def orders(concentrated: bool, n: int, seed: int) -> Iterator[Pair]:
-    """Yield similarities with a rank correlation of about 0.85; damage in all items, or in 5 % of them."""
-    random = np.random.default_rng(seed)
-    while True:
-        reference = random.normal(size=n)
-        before = reference + 0.6 * random.normal(size=n)
-        spoilt = random.random(n) < (0.05 if concentrated else 1)
-        after = before + np.where(spoilt, (1.2 if concentrated else 0.2) * random.normal(size=n), 0)
-        yield _pair("spearman", {"reference": reference, "answer": before}, {"reference": reference, "answer": after})
-
-
-def spearman_loss(concentrated: bool) -> float:
-    """Return the rank correlation lost in a population."""
-    source, candidate = next(orders(concentrated, POPULATION // 4, seed=99))
-    reference = source.values["reference"]
-    return spearman(reference, source.values["answer"]) - spearman(reference, candidate.values["answer"])
-
-
-def kappa(answers: Array, references: Array) -> float:
-    """Return Cohen's kappa: a score of which the gate knows nothing."""
-    counts = np.bincount(answers, minlength=100) * np.bincount(references, minlength=100)
-    chance = counts.sum() / len(answers) ** 2
-    return float((np.mean(answers == references) - chance) / (1 - chance))
-
-
-def kappas(lost: float, gained: float, n: int, seed: int) -> Iterator[Pair]:
-    """Yield labels of 10 unequal classes, to be scored by `kappa`."""
-    for source, candidate in labelled(10, True, lost, gained, n, seed):
-        yield _pair("kappa", source.values, candidate.values)
-
-
-def kappa_loss(lost: float, gained: float) -> float:
-    """Return the kappa lost in a population."""
-    source, candidate = next(kappas(lost, gained, POPULATION, seed=99))
-    reference = source.values["reference"]
-    return kappa(source.values["answer"], reference) - kappa(candidate.values["answer"], reference)
-
-
-def _pair(metric: str, before: Any, after: Any) -> Pair:
-    names = tuple(map(str, range(len(next(iter(before.values()))))))
-    source, candidate = (Scores(metric, "", names, values, 0.0) for values in (before, after))
-    return source, candidate
+    losses = np.array([loss(blocks != block) for block in range(BLOCKS)])
+    point, width = loss(blocks >= 0), Z * math.sqrt((BLOCKS - 1) * float(losses.var()))
+    return point - width, point + width

@@ -2,8 +2,8 @@
 
 python benchmarks/gate_error_rates.py --work DIR > results.md
 
-Counts, no timing: it may run beside other work. What is done stays in DIR and is not done again unless the gate's code
-changes; on one core all of it takes about half an hour.
+Counts, no timing: it may run beside other work. What is done stays in DIR and is not done again unless what it asks or
+the gate's code changes; all of it takes about half an hour of one core.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gate_cells as cells
 from gate_cells import ALPHA, Cell
 from report import header, machine, say, table, versions, write_json
 
 import optimizer
-from optimizer.gate import Budget, Spending
-from optimizer.power import forecast
 
 PAIRED = [(0.005, n) for n in (200, 500, 2000)] + [(0.01, n) for n in (100, 200, 268, 300, 500, 1000, 3000)]
 PAIRED += [(0.02, n) for n in (200, 300, 1000)] + [(0.03, n) for n in (50, 200, 1000)]
@@ -33,17 +30,20 @@ FORECAST = [(0.01, 0.01), (0.01, 0.02), (0.01, 0.04), (0.01, 0.08), (0.02, 0.02)
 GROUPED = [(5, 0.1), (5, 0.2), (20, 0.1), (20, 0.2)]
 DAMAGE = ("symmetric", "skewness 2", "skewness 6", "in 5 % of them")
 DOCUMENTS = {45: 2000, 100: 2000, 200: 1500, 400: 1000}
-MARGIN = 0.02  # nats a token
-SPREAD = 1.5
 F1 = {"10 equal classes": False, "10 classes, Zipf": True}
 F1_ITEMS = {500: 1000, 1000: 1000, 3000: 400}
-CLASSES = 10
 LOST, GAINED = 0.03, 0.01
+SIMULATED = {
+    "grouped": "Right or wrong in groups: 1,000 items, 2 points, 6 % discordant; groups of, correlation within them",
+    "perplexity": "Perplexity: documents cut at 1,024 tokens; how the damage is spread over them, documents",
+    "flips": "Flips: 2 % of positions, correlation 0.02 within documents; documents",
+    "score": "Scores that are no mean (BCa): what, items",
+}
 
 
-def named_cells() -> dict[str, Callable[[], Cell]]:
+def named_cells() -> dict[str, partial[Cell]]:
     """Return what is to be computed, by name."""
-    found: dict[str, Callable[[], Cell]] = {}
+    found: dict[str, partial[Cell]] = {}
     for margin, n in PAIRED:
         found[f"paired {margin:g} {n}"] = partial(cells.paired_cell, margin, n)
     for margin, most in TOP_UP:
@@ -51,66 +51,45 @@ def named_cells() -> dict[str, Callable[[], Cell]]:
         found[f"top-up, six gates {margin:g} {most}"] = partial(cells.top_up_cell, margin, most, ALPHA / 6)
     for margin, discordance in FORECAST:
         found[f"forecast {margin:g} {discordance:g}"] = partial(cells.forecast_cell, margin, discordance)
+    return found | _cells_of_means() | _cells_of_scores()
+
+
+def _cells_of_means() -> dict[str, partial[Cell]]:
+    """Return what is simulated of means: of items in groups, and of documents."""
+    found: dict[str, partial[Cell]] = {}
     for size, correlation in GROUPED:
-        found[f"grouped {size} {correlation:g}"] = partial(cells.grouped_cell, size, correlation, 800)
+        found[f"grouped {size}, {correlation:g}"] = partial(cells.grouped_cell, size, correlation, 800)
     for damage in DAMAGE:
         for documents, runs in DOCUMENTS.items():
-            found[f"perplexity {damage} {documents}"] = partial(perplexity_cell, damage, documents, MARGIN, runs)
+            found[f"perplexity {damage}, {documents}"] = partial(cells.perplexity_cell, damage, documents, runs)
     for damage in DAMAGE[:2]:
-        found[f"perplexity, two looks {damage} 400"] = partial(perplexity_cell, damage, 400, MARGIN, 1000, looks=True)
-    found["perplexity, no loss symmetric 45"] = partial(perplexity_cell, "symmetric", 45, 0.0, 3000)
-    found["perplexity, no loss skewness 2 45"] = partial(perplexity_cell, "skewness 2", 45, 0.0, 3000)
+        asked = partial(cells.perplexity_cell, damage, 400, 1000, has_looks=True)
+        found[f"perplexity {damage}, 400, two looks"] = asked
+    for damage in DAMAGE[:2]:
+        asked = partial(cells.perplexity_cell, damage, 45, 3000, loss=0.0)
+        found[f"forecast of perplexity {damage}, 45, nothing lost"] = asked
+        asked = partial(cells.perplexity_cell, damage, 100, 1500, loss=cells.MARGIN / 2)
+        found[f"forecast of perplexity {damage}, 100, half the margin lost"] = asked
     for documents in (60, 200):
-        found[f"flips {documents}"] = partial(flips_cell, documents)
-    for name, zipf in F1.items():
-        for n, runs in F1_ITEMS.items():
-            found[f"f1 {name} {n}"] = partial(f1_cell, zipf, n, runs)
-    found["f1, no loss"] = partial(f1_power_cell, 1000, 600)
-    for concentrated in (False, True):
-        found[f"spearman {'in 5 % of them' if concentrated else 'in all items'} 1000"] = partial(
-            spearman_cell, concentrated, 400
-        )
-    found["kappa 1000"] = partial(kappa_cell, 1000, 400)
+        found[f"flips {documents}"] = partial(cells.flips_cell, documents, 3000)
     return found
 
 
-def perplexity_cell(damage: str, documents: int, loss: float, runs: int, looks: bool = False) -> Cell:
-    """Simulate documents that lose `loss` nats a token."""
-    budget = Budget("perplexity", math.expm1(MARGIN))
-    draw = cells.perplexities(damage, SPREAD, documents, loss, seed=documents)
-    found = cells.simulated(draw, budget, runs, Spending(documents) if looks else None)
-    deviation = cells.perplexity_deviation(damage, SPREAD, loss)
-    return found | {"promised": forecast(budget, documents, deviation, loss=math.expm1(loss)).power}
-
-
-def flips_cell(documents: int) -> Cell:
-    """Simulate changed positions at a rate of 2 %, correlated within documents."""
-    return cells.simulated(cells.flips(0.02, 0.02, documents, seed=documents), Budget("flips", 0.02), 3000)
-
-
-def f1_cell(zipf: bool, n: int, runs: int) -> Cell:
-    """Simulate labels of which 4 % change."""
-    limit = cells.f1_loss(CLASSES, zipf, LOST, GAINED)
-    return cells.simulated(cells.labelled(CLASSES, zipf, LOST, GAINED, n, seed=n), Budget("f1", limit), runs)
-
-
-def f1_power_cell(n: int, runs: int) -> Cell:
-    """Simulate a lossless change of 4 % of the answers, and what was forecast of it."""
-    budget = Budget("f1", 0.015)
-    found = cells.simulated(cells.labelled(CLASSES, False, 0.02, 0.02, n, seed=n), budget, runs)
-    return found | {"promised": forecast(budget, n, 0.04).power}
-
-
-def spearman_cell(concentrated: bool, runs: int) -> Cell:
-    """Simulate similarities."""
-    budget = Budget("spearman", cells.spearman_loss(concentrated))
-    return cells.simulated(cells.orders(concentrated, 1000, seed=7), budget, runs)
-
-
-def kappa_cell(n: int, runs: int) -> Cell:
-    """Simulate a score of which the gate knows nothing."""
-    budget = Budget("kappa", cells.kappa_loss(LOST, GAINED), compute=cells.kappa)
-    return cells.simulated(cells.kappas(LOST, GAINED, n, seed=n), budget, runs)
+def _cells_of_scores() -> dict[str, partial[Cell]]:
+    """Return what is simulated of scores that are no mean; at 500 items also with enough changes for the bootstrap."""
+    found: dict[str, partial[Cell]] = {}
+    for name, zipf in F1.items():
+        for n, runs in F1_ITEMS.items():
+            found[f"score macro-F1, {name}, 4 % change, {n}"] = partial(cells.f1_cell, zipf, LOST, GAINED, n, runs)
+        asked = partial(cells.f1_cell, zipf, 2 * LOST, 2 * GAINED, 500, 1000)
+        found[f"score macro-F1, {name}, 8 % change, 500"] = asked
+    found["forecast of macro-F1, 10 equal classes, 4 % change, 1000, nothing lost"] = partial(
+        cells.f1_power_cell, 1000, 600
+    )
+    for is_concentrated, name in ((False, "in all items"), (True, "in 5 % of them")):
+        found[f"score Spearman, damage {name}, 1000"] = partial(cells.spearman_cell, is_concentrated, 1000, 400)
+    found["score kappa, 10 classes, Zipf, 4 % change, 1000"] = partial(cells.kappa_cell, LOST, GAINED, 1000, 400)
+    return found
 
 
 def percent(share: float, error: float = 0.0) -> str:
@@ -119,7 +98,7 @@ def percent(share: float, error: float = 0.0) -> str:
     return f"**{text}**" if share > ALPHA + max(2 * error, 1e-9) else text
 
 
-def paired_rows(done: dict[str, Cell]) -> list[list[str]]:
+def paired_rows(done: Mapping[str, Cell]) -> list[list[str]]:
     """Return rates of false pass and false fail, enumerated."""
     rows = []
     for margin, n in PAIRED:
@@ -129,7 +108,7 @@ def paired_rows(done: dict[str, Cell]) -> list[list[str]]:
     return rows
 
 
-def top_up_rows(done: dict[str, Cell]) -> list[list[str]]:
+def top_up_rows(done: Mapping[str, Cell]) -> list[list[str]]:
     """Return rates with looks."""
     rows = []
     for margin, most in TOP_UP:
@@ -142,7 +121,7 @@ def top_up_rows(done: dict[str, Cell]) -> list[list[str]]:
     return rows
 
 
-def power_rows(done: dict[str, Cell]) -> list[list[str]]:
+def power_rows(done: Mapping[str, Cell]) -> list[list[str]]:
     """Return what looks cost and save."""
     rows = []
     for margin, most in TOP_UP:
@@ -154,7 +133,7 @@ def power_rows(done: dict[str, Cell]) -> list[list[str]]:
     return rows
 
 
-def forecast_rows(done: dict[str, Cell]) -> list[list[str]]:
+def forecast_rows(done: Mapping[str, Cell]) -> list[list[str]]:
     """Return forecasts beside what they forecast."""
     rows = []
     for margin, discordance in FORECAST:
@@ -165,54 +144,78 @@ def forecast_rows(done: dict[str, Cell]) -> list[list[str]]:
     return rows
 
 
-def simulated_rows(done: dict[str, Cell]) -> list[list[str]]:
-    """Return rates of simulated gates; no forecast, no normal interval where there is none."""
+def simulated_rows(done: Mapping[str, Cell], kind: str) -> list[list[str]]:
+    """Return rates of simulated gates of one kind."""
     rows = []
     for name, cell in done.items():
-        if "runs" not in cell or "no loss" in name:
+        if not name.startswith(f"{kind} "):
             continue
-        error = math.sqrt(ALPHA * (1 - ALPHA) / cell["runs"])
-        has_normal = name.startswith(("perplexity", "flips", "grouped"))
-        normal = [percent(cell[f"normal {claim}"], error) if has_normal else "-" for claim in ("pass", "fail")]
-        rates = [percent(cell[claim], error) for claim in ("pass", "fail")]
-        rows.append(
-            [name, *rates, *normal, f"{100 * cell['points pass']:.0f}", f"{cell['runs']:,}", f"{100 * error:.2f}"]
-        )
+        error = standard_error(cell)
+        rates = [percent(cell[claim], error) for claim in ("pass", "fail", "normal pass", "normal fail")]
+        counted = [f"{100 * cell['points pass']:.0f}", f"{cell['runs']:,}", f"{100 * error:.2f}"]
+        rows.append([name.removeprefix(f"{kind} "), *rates, *counted])
     return rows
 
 
-def promise_rows(done: dict[str, Cell]) -> list[list[str]]:
+def exceeding_rows(done: Mapping[str, Cell]) -> list[list[str]]:
+    """Return what errs more often than alpha, beyond two standard errors, and how often the gate warned then."""
+    rows = []
+    for name, cell in done.items():
+        if not name.startswith(tuple(SIMULATED)):
+            continue
+        error = standard_error(cell)
+        for claim in ("pass", "fail"):
+            if cell[claim] > ALPHA + 2 * error:
+                warned = f"{100 * cell['warned'] / cell['pass']:.0f}" if claim == "pass" and "warned" in cell else "-"
+                rows.append([name, f"false {claim}", f"{100 * cell[claim]:.1f} ± {100 * error:.1f}", warned])
+    return rows
+
+
+def standard_error(cell: Cell) -> float:
+    """Return the standard error of a rate of alpha."""
+    return math.sqrt(ALPHA * (1 - ALPHA) / cell["runs"])
+
+
+def promise_rows(done: Mapping[str, Cell]) -> list[list[str]]:
     """Return forecasts of simulated gates beside what came."""
     return [
-        [name, f"{100 * cell['promised']:.1f}", f"{100 * cell['pass']:.1f}", f"{cell['runs']:,}"]
+        [
+            name.removeprefix("forecast of "),
+            f"{100 * cell['promised']:.1f}",
+            f"{100 * cell['pass']:.1f}",
+            f"{cell['runs']:,}",
+        ]
         for name, cell in done.items()
-        if "no loss" in name
+        if name.startswith("forecast of ")
     ]
 
 
 def code() -> str:
-    """Return the hash of all that decides the numbers."""
-    ours = Path(optimizer.__path__[0])
+    """Return the hash of all that decides the numbers, but for what each cell asks."""
+    ours, here = Path(optimizer.__path__[0]), Path(__file__).parent
     files = [*ours.glob("statistics/*.py"), *(ours / f"{name}.py" for name in ("gate", "evidence", "scores", "power"))]
-    files += [Path(__file__), Path(__file__).with_name("gate_cells.py")]
+    files += [here / "gate_cells.py", here / "gate_samples.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
-def computed(work: Path, only: str) -> dict[str, Any]:
-    """Compute every cell that is not there yet, one after the other; each is kept at once."""
+def computed(work: Path, only: str) -> dict[str, Cell]:
+    """Compute every cell that is not there yet, one after the other; each is kept at once, with its processor time."""
     kept = work / "gate_error_rates.json"
     document = json.loads(kept.read_text()) if kept.exists() else {}
     if document.get("code") != code():
-        document = {"code": code(), "seconds": 0.0, "cells": {}}
+        document = {"code": code(), "cells": {}}
+    done: dict[str, Cell] = {}
     for name, compute in named_cells().items():
-        if name in document["cells"] or only not in name:
-            continue
-        start = time.perf_counter()
-        document["cells"][name] = compute()
-        document["seconds"] += time.perf_counter() - start
-        write_json(kept, document)
-        say(f"{time.perf_counter() - start:6.1f} s  {name}")
-    return document
+        asked = f"{compute.func.__name__} {compute.args} {compute.keywords}"
+        cell = document["cells"].get(name, {})
+        if cell.get("asked") != asked and only in name:
+            start = time.process_time()
+            cell = compute() | {"asked": asked, "cpu_s": time.process_time() - start}
+            document["cells"][name] = cell
+            write_json(kept, document)
+            say(f"{cell['cpu_s']:6.1f} s  {name}")
+        done[name] = cell
+    return done
 
 
 def main() -> None:
@@ -221,37 +224,40 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
     parser.add_argument("--only", default="", help="compute only cells with this in their name, print nothing")
     options = parser.parse_args()
-    document = computed(options.work, options.only)
+    done = computed(options.work, options.only)
     if options.only:
         return
-    done = document["cells"]
     about = machine() | {
         "level": f"{100 * ALPHA:g} % for pass and for fail, one-sided; rates in %, where the true loss is the margin",
         "bold": "beyond alpha, of simulated cells by more than two standard errors",
-        "computing": f"{document['seconds'] / 60:.0f} minutes on one thread, beside other work",
+        "processor time": f"{sum(cell['cpu_s'] for cell in done.values()) / 60:.1f} minutes for {len(done)} cells",
     }
     print(header("How often the gate errs", about, versions(["numpy", "scipy"])))
+    print_enumerated(done)
+    columns = ["false pass", "false fail", "normal: pass", "normal: fail", "bare points: pass", "runs", "s.e."]
+    for kind, title in SIMULATED.items():
+        print(f"### {title}, simulated\n")
+        print(table(["what", *columns], simulated_rows(done, kind)))
+    print("### Beyond alpha by more than two standard errors: all simulated cells\n")
+    print(table(["what", "claim", "rate", "of these warned, %"], exceeding_rows(done)))
+    print("### Forecast of the others, simulated\n")
+    print(table(["what", "forecast", "pass", "runs"], promise_rows(done)))
+
+
+def print_enumerated(done: Mapping[str, Cell]) -> None:
+    """Print what is exact: right and wrong answers."""
     print("### Right or wrong: worst rate over all discordances up to 20 %, enumerated\n")
     gates = ["gate", "normal interval", "bare points"]
-    print(
-        table(
-            ["margin, items", *(f"false pass, {g}" for g in gates), *(f"false fail, {g}" for g in gates)],
-            paired_rows(done),
-        )
-    )
+    columns = [f"false {claim}, {gate}" for claim in ("pass", "fail") for gate in gates]
+    print(table(["margin, items", *columns], paired_rows(done)))
     print("### With looks at an eighth, a quarter, a half and all of the items, enumerated\n")
     print(table(["margin, items", "looks that can decide", "false pass", "false fail"], top_up_rows(done)))
     print("### What looks cost and save when nothing is lost, enumerated\n")
     columns = ["margin, items, discordance", "pass, one look", "pass, top-up", "forecast", "items on average"]
     print(table(columns, power_rows(done)))
-    print("### Forecast of one look\n")
+    print("### Forecast of one look, enumerated\n")
     columns = ["margin, discordance", "200 items: forecast", "true", "items for 80 %", "true power", "by formula"]
     print(table(columns, forecast_rows(done)))
-    print("### All others: simulated\n")
-    columns = ["what", "false pass", "false fail", "normal: pass", "normal: fail", "bare points: pass", "runs", "s.e."]
-    print(table(columns, simulated_rows(done)))
-    print("### Forecast of the others, nothing lost\n")
-    print(table(["what", "forecast", "pass", "runs"], promise_rows(done)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from optimizer.ranking import choosing_texts, rank
 from optimizer.recipe import Keep, Recipe, Skip, rung_text
 from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, label
-from optimizer.sensitivity import keep
+from optimizer.sensitivity import keep, kept_text
 from optimizer.stopwatch import Stopwatch
 from optimizer.store import Store
 from passes.base import Model, Pass, PassError
@@ -134,7 +134,7 @@ class Chain:
         chosen = self.recipe.fallback(index).otherwise[rung - 1] if rung else first
         if isinstance(chosen, Skip):
             return self._unchanged(index, "as `otherwise` says")
-        each = self._keeping(first, chosen, index) if isinstance(chosen, Keep) else chosen
+        each, kept = self._keeping(first, chosen, index) if isinstance(chosen, Keep) else (chosen, "")
         before = self.path[-1]
         model, entry = self.maker.make(each, index, before.model, before.key, each.name())
         examined = self.examiner.examine(each.name(), model, entry.key, self.exams.search)
@@ -145,7 +145,7 @@ class Chain:
             scores=examined.points(),
             gates=examined.gates,
             changes=meta["changes"],
-            note=meta["note"],
+            note="; ".join(filter(None, (meta["note"], kept))),
             rung=rung,
             is_reported=self.recipe.reports_only(index),
             is_stored=not entry.is_new,
@@ -174,8 +174,8 @@ class Chain:
                 return f"{label(gate)}: the loss seen is above the budget"
         return ""
 
-    def _keeping(self, first: Pass, chosen: Keep, index: int) -> Pass:
-        """Return the pass with the layers it damages most in another format."""
+    def _keeping(self, first: Pass, chosen: Keep, index: int) -> tuple[Pass, str]:
+        """Return the pass with the layers it damages most in another format, and in words which they are."""
         before = self.path[-1]
         texts = choosing_texts(self.maker, self.exams, index, chosen.calibration)
         if texts is None:
@@ -184,7 +184,8 @@ class Chain:
                 "`calibration: NAME`, an entry of `data` with other texts"
             )
         ranked = rank(self.maker, index, before.model, before.key, texts)
-        return keep(first, ranked.worst(chosen.worst, chosen.format), chosen.format)
+        worst = ranked.worst(chosen.worst, chosen.format)
+        return keep(first, worst, chosen.format), kept_text(worst, chosen.format)
 
     def _has_rungs(self, index: int) -> bool:
         return self.rungs[index] < len(self.recipe.fallback(index).otherwise)

@@ -264,8 +264,9 @@ def end_lines(run: Run) -> Iterator[str]:
     yield from _remarks(run.verdicts)
     yield from _speed_remarks(run.speeds)
     yield from (openings_text(opening) for opening in run.openings if opening.count > 1)
-    for rejected in run.rejected[-1:]:
-        yield f"{len(run.rejected)} rungs gave way, the last because {rejected.reason}"
+    if run.rejected:
+        several = len(run.rejected) > 1
+        yield f"{len(run.rejected)} rung{'s' * several} gave way{', the last' * several}: {run.rejected[-1].reason}"
     if run.artifact:
         yield f"artifact {run.artifact}"
         yield f"digest   {run.digest}"

@@ -48,6 +48,8 @@ PASSES = 64
 """Most forward passes in one walk; each is a thread, whose matrix products keep some 5 MB for themselves."""
 PROBE_TOKENS = 8
 LEVEL = 0.95
+MOST_NAMED = 8
+"""Most layers that are named one by one where some are kept."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,12 @@ def keep(step: Pass, layers: Sequence[str], format: str) -> Pass:
         return replace(options, exclude=(*options.exclude, *layers))  # type: ignore[no-any-return]
     override = Override(layers=tuple(layers), format=format)  # type: ignore[arg-type]
     return replace(options, overrides=(override, *options.overrides))  # type: ignore[no-any-return]
+
+
+def kept_text(layers: Sequence[str], format: str) -> str:
+    """Return in words which layers are kept in a format; of many the first few."""
+    more = len(layers) - MOST_NAMED
+    return f"kept in {format}: {', '.join(layers[:MOST_NAMED])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _texts(items: Sequence[Item], model: Model) -> list[Item]:

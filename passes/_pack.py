@@ -92,11 +92,11 @@ def _joined_inputs(
 
 
 def _nbits_attributes(nodes: Sequence[ir.Node], name: str) -> dict[str, int]:
-    formats = [
-        {key: node.attributes.get_int(key) for key in ("K", "bits", "block_size", "accuracy_level")} for node in nodes
-    ]
-    require(all(form == formats[0] for form in formats), f"{name}: the layers are in different formats: {formats}")
-    return {**formats[0], "N": sum(node.attributes.get_int("N") for node in nodes)}
+    keys = ("K", "bits", "block_size", "accuracy_level")
+    values = {key: [node.attributes.get_int(key) for node in nodes] for key in keys}
+    differing = [f"{key} {', '.join(map(str, each))}" for key, each in values.items() if len(set(each)) > 1]
+    require(not differing, f"{name}: the layers are in different formats: {'; '.join(differing)}")
+    return {**{key: each[0] for key, each in values.items()}, "N": sum(node.attributes.get_int("N") for node in nodes)}
 
 
 def _require_same(nodes: Sequence[ir.Node], places: Sequence[int], reason: str) -> None:

@@ -139,6 +139,7 @@ def test_keeping_the_worst_layers_wins_back_what_two_bits_lose(
     assert "4 in int8, of 14 layers" in out
     _, damages, _ = said(project, capsys, *INT2, "--json")
     worst = {name for layer in json.loads(damages)["layers"][:4] for name in layer["layers"]}
+    assert set(out.partition("kept in int8: ")[2].partition("\n")[0].split(", ")) == worst
     made = [json.loads(path.read_text()) for path in project.store.glob("entries/*/quantization.json")]
     kept = [{name for name, spec in specs.items() if spec["format"]["bits"] == 8} for specs in made]
     assert sorted(kept, key=len) == [set(), worst]

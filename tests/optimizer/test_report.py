@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from optimizer.gate import Verdict
-from optimizer.record import Judged, Run, SizeVerdict, Step
+from optimizer.record import Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, end_lines, score_text, size_text, speed_text, step_lines, told_apart
 from optimizer.speed import SpeedVerdict, Timing
 
@@ -217,3 +217,12 @@ def test_end_tells_speeds_their_conditions_and_why_one_did_not_pass() -> None:
 def test_conditions_of_an_encoder_name_its_batch() -> None:
     lines = list(end_lines(replace(RUN, speeds=(FASTER,), timing=replace(TIMING, new_tokens=0, batch=8))))
     assert "speed: 8 restarts of 8 pairs, 128 tokens, batches of 8, 2 threads" in lines[1]
+
+
+def test_rungs_that_gave_way_are_counted_and_the_last_one_has_its_reason() -> None:
+    first = Rejected(0, STEP, "search perplexity: the loss seen is above the budget")
+    assert "1 rung gave way: search perplexity: the loss seen is above the budget" in end_lines(
+        replace(RUN, rejected=(first,))
+    )
+    second = replace(first, reason="the model is too large")
+    assert "2 rungs gave way, the last: the model is too large" in end_lines(replace(RUN, rejected=(first, second)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optimizer.sensitivity import LayerDamage, Sensitivity, keep, kept_formats
+from optimizer.sensitivity import LayerDamage, Sensitivity, keep, kept_formats, kept_text
 from passes._override import Override
 from passes.base import PassError
 from passes.export_onnx import ExportOnnx
@@ -56,3 +56,9 @@ def test_layers_that_have_the_format_already_are_not_among_the_worst() -> None:
     assert damaged("int8", "int8", "int4").worst(2, "float") == ["a", "b"]
     with pytest.raises(PassError, match="quantize_rtn: keep: every layer is int8 already; name another format"):
         damaged("int8", "int8").worst(1, "int8")
+
+
+def test_layers_that_are_kept_are_named_of_many_the_first_eight() -> None:
+    assert kept_text(LAYERS, "int8") == f"kept in int8: {LAYERS[0]}, {LAYERS[1]}"
+    assert kept_text("abcdefgh", "float") == "kept in float: a, b, c, d, e, f, g, h"
+    assert kept_text("abcdefghij", "float") == "kept in float: a, b, c, d, e, f, g, h and 2 more"

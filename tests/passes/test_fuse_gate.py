@@ -50,7 +50,7 @@ def test_a_pair_of_different_formats_is_left_alone_and_noted(workshop: Workshop)
 def test_a_pair_of_different_bits_is_left_alone_and_noted(workshop: Workshop) -> None:
     result = workshop.run("llama", MANY_BITS, EXPORT, FUSE)
     assert (result.changes["matched"], result.changes["refused"]) == (1, 1)
-    assert "the layers are in different formats" in result.note
+    assert "the layers are in different formats: bits 4, 8" in result.note
 
 
 def test_a_pair_that_rounds_its_input_differently_is_left_alone(workshop: Workshop, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_pair_that_rounds_its_input_differently_is_left_alone(workshop: Worksh
     other = replace(model, folder=tmp_path / "in")
     result = FUSE.run(other, workshop.context(tmp_path / "out", other))
     assert (result.changes["matched"], result.changes["refused"]) == (1, 1)
-    assert "the layers are in different formats" in result.note
+    assert "the layers are in different formats: accuracy_level 0, 4" in result.note
 
 
 @pytest.mark.parametrize(("name", "steps"), DECODERS)

@@ -73,7 +73,7 @@ def test_projections_of_different_formats_stay_three_with_the_rotary_inside(work
 
 def test_projections_of_different_bits_stay_three(workshop: Workshop) -> None:
     result = workshop.run("llama", MANY_BITS, EXPORT, FUSE)
-    assert "not packed: layers.0.qkv: the layers are in different formats" in result.note
+    assert "not packed: layers.0.qkv: the layers are in different formats: bits 4, 4, 8" in result.note
     quantized, partly = attention(result.model)
     assert [behind_reshapes(value) for value in quantized.inputs[:3]] == ["MatMulNBits"] * 3
     assert [behind_reshapes(value) for value in partly.inputs[:3]] == ["MatMulNBits", "MatMul", "MatMulNBits"]

@@ -7,6 +7,7 @@ model that does not pass there gives way too, and the next one is judged at half
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from optimizer.errors import CannotRun
@@ -17,13 +18,17 @@ from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint
 from optimizer.maker import Maker
 from optimizer.openings import Openings, opened
+from optimizer.plan import outline_key
+from optimizer.planned import Plan
 from optimizer.ranking import choosing_texts, rank
 from optimizer.recipe import Keep, Recipe, Skip, rung_text
 from optimizer.record import Flips, Judged, Rejected, Run, SizeVerdict, Step
 from optimizer.report import Reporter, label
 from optimizer.sensitivity import keep, kept_text
+from optimizer.spreads import note
 from optimizer.stopwatch import Stopwatch
 from optimizer.store import Store
+from passes._kind import kind_of
 from passes.base import Model, Pass, PassError
 
 
@@ -65,6 +70,7 @@ class Chain:
     examiner: Examiner
     maker: Maker
     stopwatch: Stopwatch
+    plan: Plan
     path: list[Point] = field(default_factory=list)
     rungs: list[int] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -75,7 +81,7 @@ class Chain:
         """Begin with the source."""
         model, key = self.examiner.source, self.examiner.source_key
         examined = self.examiner.examine("source", model, key, self.exams.search)
-        step = Step("source", weights_bytes(model), examined.points(), **examined.cost())
+        step = Step("source", weights_bytes(model), examined.points(), planned=self.plan.of(0), **examined.cost())
         self.path.append(Point(model, key, step, None, examined))
         self.rungs = [0] * len(self.recipe.passes)
 
@@ -138,6 +144,7 @@ class Chain:
         before = self.path[-1]
         model, entry = self.maker.make(each, index, before.model, before.key, each.name())
         examined = self.examiner.examine(each.name(), model, entry.key, self.exams.search)
+        self._note(examined, [*self._taken(), each])
         meta = entry.meta
         step = Step(
             name=each.name(),
@@ -151,15 +158,26 @@ class Chain:
             is_stored=not entry.is_new,
             pass_s=meta["seconds"],
             pass_peak_bytes=meta.get("peak_bytes", 0),
+            planned=self.plan.of(index + 1, rung),
             **examined.cost(),
         )
         return Point(model, entry.key, step, each, examined)
 
-    def _unchanged(self, index: int, note: str) -> Point:
+    def _taken(self) -> list[Pass]:
+        return [point.taken for point in self.path if point.taken is not None]
+
+    def _note(self, examined: Examined, passes: Sequence[Pass]) -> None:
+        """Remember what gates found, for plans to come."""
+        if examined.asked.is_scored:
+            key, kind = outline_key(self.recipe, self.maker.source), kind_of(self.maker.source.config)
+            for judged in examined.gates:
+                note(self.store.root, key, passes, judged, examined.items[judged.evaluation], kind)
+
+    def _unchanged(self, index: int, reason: str) -> Point:
         """Leave a pass out."""
         before, name = self.path[-1], self.recipe.passes[index].name()
         size, rung = weights_bytes(before.model), self.rungs[index]
-        step = Step(name, size, before.step.scores, before.step.gates, {}, note, is_skipped=True, rung=rung)
+        step = Step(name, size, before.step.scores, before.step.gates, {}, reason, is_skipped=True, rung=rung)
         return replace(before, step=step, taken=None)
 
     # ---- which rung
@@ -216,6 +234,7 @@ class Chain:
         if exam is not None:
             examined = self.examiner.examine("the finished model", point.model, point.key, exam)
             self.path[-1], certified = replace(point, examined=examined), examined.gates
+            self._note(examined, self._taken())
         for name in self.recipe.gate.budgets:
             part = (exam or self.exams.search).parts[name]
             judging = fingerprint([items_hash(part.items, 0), self.path[0].key])

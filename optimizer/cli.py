@@ -169,28 +169,32 @@ def compare(
 
 
 @app.command()
-def plan(recipe: RecipePath, settings: Settings = None, json: AsJson = False) -> int:
+def plan(
+    recipe: RecipePath,
+    *,
+    settings: Settings = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 where the plan has a warning.")] = False,
+    store: StoreFolder = None,
+    json: AsJson = False,
+) -> int:
     """Say what a recipe would do, without doing it.
 
-    Reads configuration and headers, and tries the architecture on a small twin (seconds). Exit code 4 when a pass
-    refuses the model.
+    Reads configuration, headers and texts, and tries the architecture on a small twin (seconds, once). Exit code 4 when
+    a pass refuses the model.
     """
     from optimizer.recipe_reader import load
 
     checked = load(recipe, settings or ())
 
-    from dataclasses import asdict
+    from optimizer.pipeline import planned
+    from optimizer.plan_report import plan_lines
 
-    from optimizer.plan import plan as plan_steps
-    from optimizer.plan import plan_lines
-    from optimizer.quiet import quiet_libraries
-    from optimizer.source import load_source
-
-    with quiet_libraries():
-        steps = plan_steps(checked, load_source(checked.model, checked.model_folder).model)
-    lines = [json_format.dumps([asdict(step) for step in steps], indent=1)] if json else plan_lines(steps)
-    typer.echo("\n".join(lines))
-    return ExitCode.CANNOT_RUN if any(step.is_refused for step in steps) else ExitCode.PASS
+    live: Literal["live", "quiet"] = "live" if sys.stderr.isatty() and not json else "quiet"
+    made = planned(checked, store=store, reporter=live)
+    typer.echo(made.to_json() if json else "\n".join(plan_lines(made)))
+    if made.refused:
+        return ExitCode.CANNOT_RUN
+    return ExitCode.WRONG_INPUT if strict and made.warnings else ExitCode.PASS
 
 
 @app.command()
@@ -256,16 +260,18 @@ def schema(
     compare: Annotated[
         bool, typer.Option("--compare", help="Of what `optimize compare --json` prints instead.")
     ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of what `optimize plan --json` prints instead.")] = False,
 ) -> int:
     """Print the JSON Schema of a recipe.
 
     Editors complete and check recipes with it: see the first line of each recipe.
     """
-    from optimizer.generated import compare_schema_text, run_schema_text, schema_text
+    from optimizer.generated import schema_text
 
-    if run and compare:
-        raise CommandError("--run, --compare: got both, expected one")
-    typer.echo((run_schema_text if run else compare_schema_text if compare else schema_text)(), nl=False)
+    chosen = [name for name, is_chosen in (("run", run), ("compare", compare), ("plan", plan)) if is_chosen]
+    if len(chosen) > 1:
+        raise CommandError(f"{', '.join(f'--{name}' for name in chosen)}: got {len(chosen)}, expected one")
+    typer.echo(schema_text(*chosen), nl=False)
     return ExitCode.PASS
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from optimizer.costs import measured
+from optimizer.costs import Work, extent, measured, scoring_at
 from optimizer.errors import CannotRun
 from optimizer.evaluate.items import Item, encoded_again, items_hash, tokens_read
 from optimizer.evaluate.parts import Part
@@ -263,10 +263,10 @@ class Examiner:
     ) -> Mapping[str, Any]:
         scorer = scorer_of(model, self._kind, self.threads)
         tasks, asked = {name: self.recipe.evaluate[name] for name in names}, {name: list(items) for name in names}
-        kind, tokens = f"scoring {model.stage.name}", tokens_read(tasks, asked)
+        work = Work(scoring_at(model.stage), weights_bytes(model), *extent(self.source), tokens_read(tasks, asked))
         with (
             self.told.progress(f"scoring {what}") as progress,
-            measured(self.store.root, kind, weights_bytes(model), tokens=tokens, threads=self.threads) as spent,
+            measured(self.store.root, work, self.threads) as spent,
         ):
             results = evaluate(tasks, asked, scorer, against, progress, self.reader)
         for name, result in results.items():

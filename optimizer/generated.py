@@ -6,15 +6,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from optimizer.catalogue import installed
 from optimizer.errors import CommandError
-from optimizer.schema import compare_schema, pass_table, recipe_schema, run_schema
+from optimizer.schema import JsonSchema, compare_schema, pass_table, plan_schema, recipe_schema, run_schema
 
 BEGIN, END = "<!-- passes -->", "<!-- /passes -->"
-README, SCHEMA = Path("README.md"), Path("recipes/recipe.schema.json")
-RUN_SCHEMA, COMPARE_SCHEMA = Path("docs/run.schema.json"), Path("docs/compare.schema.json")
+README = Path("README.md")
+SCHEMAS: Mapping[str, tuple[Path, Callable[[], JsonSchema]]] = {
+    "recipe": (Path("recipes/recipe.schema.json"), lambda: recipe_schema(installed())),
+    "run": (Path("docs/run.schema.json"), run_schema),
+    "compare": (Path("docs/compare.schema.json"), compare_schema),
+    "plan": (Path("docs/plan.schema.json"), plan_schema),
+}
+"""What is described -> file, and what makes it."""
 
 
 def with_table(readme: str, table: str) -> str:
@@ -30,28 +37,17 @@ def with_table(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}{END}{after}"
 
 
-def schema_text() -> str:
-    """Return the schema of a recipe as `optimize schema` prints it."""
-    return json.dumps(recipe_schema(installed()), indent=1, ensure_ascii=False) + "\n"
-
-
-def run_schema_text() -> str:
-    """Return the schema of a run as `optimize schema --run` prints it."""
-    return json.dumps(run_schema(), indent=1, ensure_ascii=False) + "\n"
-
-
-def compare_schema_text() -> str:
-    """Return the schema of a comparison as `optimize schema --compare` prints it."""
-    return json.dumps(compare_schema(), indent=1, ensure_ascii=False) + "\n"
+def schema_text(of: str = "recipe") -> str:
+    """Return one of `SCHEMAS` as `optimize schema` prints it."""
+    return json.dumps(SCHEMAS[of][1](), indent=1, ensure_ascii=False) + "\n"
 
 
 def write(root: Path) -> None:
     """Write all of it below the project's folder."""
     readme = root / README
     readme.write_text(with_table(readme.read_text(encoding="utf-8"), pass_table(installed())), encoding="utf-8")
-    (root / SCHEMA).write_text(schema_text(), encoding="utf-8")
-    (root / RUN_SCHEMA).write_text(run_schema_text(), encoding="utf-8")
-    (root / COMPARE_SCHEMA).write_text(compare_schema_text(), encoding="utf-8")
+    for name, (path, _) in SCHEMAS.items():
+        (root / path).write_text(schema_text(name), encoding="utf-8")
 
 
 if __name__ == "__main__":

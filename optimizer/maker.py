@@ -6,15 +6,13 @@ shown, the versions of the libraries, seed and threads.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optimizer.costs import measured
+from optimizer.costs import Work, extent, measured
 from optimizer.evaluate.calibration import Calibration, load_calibration
 from optimizer.evaluate.items import Item, items_hash
 from optimizer.evaluate.text_reader import TextReader
@@ -27,7 +25,6 @@ from optimizer.store import Entry, Store
 from passes.base import Context, Model, Pass, Stage, no_progress
 
 SEED = 0
-_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Maker:
     def make(self, each: Pass, index: int, before: Model, key: str, what: str) -> tuple[Model, Entry]:
         """Take a model, named by its key, through a pass, or find in the store what an earlier run made of it."""
         shown = hashes(self.shown(each, index))
-        key = fingerprint([key, _pass_identity(each), shown, self.threads, SEED, versions(), machine()])
+        key = fingerprint([key, pass_identity(each), shown, self.threads, SEED, versions(), machine()])
         self.admit(each)
         with self.told.progress(what) as progress:
             entry = self.store.get_or_build(key, lambda folder: self._run(each, index, before, folder, progress))
@@ -61,7 +58,7 @@ class Maker:
 
     def admit(self, each: Pass) -> None:
         """Let a pass refuse the architecture before anything is done; the store remembers that it did not."""
-        key = fingerprint(["admitted", self.source.config, _pass_identity(each), SEED, versions(), machine()])
+        key = fingerprint(["admitted", self.source.config, pass_identity(each), SEED, versions(), machine()])
 
         def ask(folder: Path) -> Mapping[str, Any]:
             with self.told.progress(f"{each.name()}: trying the architecture"):
@@ -83,12 +80,11 @@ class Maker:
         import torch
 
         torch.set_num_threads(self.threads)
-        give_back_freed_memory()
         torch.manual_seed(SEED)
         context = self._context(folder, progress, self.shown(each, index))
         is_new = not any(folder.iterdir())
-        root, name = self.store.root, each.name()
-        with measured(root, name, weights_bytes(before), threads=self.threads, keep=is_new) as spent:
+        work = Work(each.name(), weights_bytes(before), *extent(self.source))
+        with measured(self.store.root, work, self.threads, keep=is_new) as spent:
             each.requires(before)
             result = each.run(before, context)
             each.ensures(before, result.model, context)
@@ -118,17 +114,7 @@ def options_of(each: Pass) -> dict[str, Any]:
     return options
 
 
-def _pass_identity(each: Pass) -> dict[str, Any]:
+def pass_identity(each: Pass) -> dict[str, Any]:
     """Return what decides a pass's result besides its input: name, fields, and the code it runs."""
     module = importlib.import_module(type(each).__module__)
     return {"name": each.name(), "options": options_of(each), "code": source_fingerprint(module)}
-
-
-def give_back_freed_memory() -> None:
-    """Let glibc return every freed block of a megabyte and more to the system at once.
-
-    Left alone it raises that threshold to 32 MiB by itself, and blocks of weights that come and go leave a heap that
-    grows with the model's depth (measured: docs/log.md, 2026-11-20). Elsewhere there is no `mallopt`, and no need.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -58,6 +58,7 @@ def _run_blocks(run: Run) -> Iterator[str]:
     yield "## Chain"
     yield table(("", "pass", "what changed", "MB", "time"), _chain_rows(run.steps))
     yield from _list(f"{escaped(step.name)}: {escaped(step.note)}" for step in run.steps if step.note)
+    yield from _planned(run.steps)
     yield from _gave_way(run.rejected)
     yield from _waterfall(run.steps)
     yield from _flips(run.flips, "source", "artifact")
@@ -68,6 +69,27 @@ def _chain_rows(steps: Sequence[Step]) -> Iterator[tuple[str, ...]]:
         counts = ((count, what.replace("_", " ")) for what, count in (step.changes or {}).items() if count)
         changes = "skipped" if step.is_skipped else ", ".join(f"{count:,} {what}" for count, what in counts)
         yield str(number), escaped(step.name), escaped(changes), f"{step.bytes / 1e6:.2f}", seconds_text(step)
+
+
+def _planned(steps: Sequence[Step]) -> Iterator[str]:
+    """Yield what was planned beside what it came to."""
+    rows = [
+        (
+            escaped(step.name),
+            f"{step.planned.bytes / 1e6:.2f}",
+            f"{step.bytes / 1e6:.2f}",
+            f"{step.planned.peak_bytes / 1e6:,.0f}",
+            f"{step.peak_bytes / 1e6:,.0f}" if step.peak_bytes else _NOTHING,
+            f"{step.planned.pass_s + step.planned.score_s:.1f}",
+            f"{step.pass_s + step.score_s:.1f}",
+        )
+        for step in steps
+        if step.planned
+    ]
+    if rows:
+        yield "## Plan and outcome"
+        heads = ("pass", "planned MB", "MB", "planned peak MB", "peak MB", "planned s", "s")
+        yield table(heads, rows)
 
 
 def _gave_way(rejected: Sequence[Rejected]) -> Iterator[str]:

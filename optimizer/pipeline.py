@@ -21,6 +21,8 @@ from optimizer.lock import lock_text
 from optimizer.maker import SEED, Maker, hashes, options_of
 from optimizer.markdown import report
 from optimizer.package import Contents, has_artifact, model_card, require_replaceable, write_artifact
+from optimizer.plan import plan
+from optimizer.planned import Plan
 from optimizer.quiet import quiet_libraries
 from optimizer.ranking import quantizing_pass, rank, shown_texts
 from optimizer.recipe import Recipe
@@ -83,9 +85,26 @@ def damages(
     try:
         with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
             source, maker, exams = _load(recipe, opened, told)
+            _require_finite(source, opened, told)
             texts = shown_texts(maker, exams, index, items)
             model, key = _before(index, maker, fingerprint(source_identity(source, opened)))
             return rank(maker, index, model, key, texts)
+    except (PassError, ServingError) as error:
+        raise CannotRun(str(error)) from error
+
+
+def planned(recipe: Recipe, *, store: Path | None = None, reporter: Style = "quiet") -> Plan:
+    """Return what to expect of a run of a checked recipe; reads no weights.
+
+    Raises:
+        OptimizeError: the model or the data cannot be used. What a pass refuses is part of the plan.
+    """
+    told = Reporter(reporter)
+    try:
+        with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
+            _, maker, exams = _load(recipe, opened, told)
+            with told.progress("planning"):
+                return plan(recipe, maker, exams)
     except (PassError, ServingError) as error:
         raise CannotRun(str(error)) from error
 
@@ -114,7 +133,6 @@ def _load(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Maker, 
         _require_sizes(source.model)
         require_sentence(source.model.assets, source.model.config)
         _require_measurable(recipe, source.model)
-        check_finite(source, store, progress)
     reader = TextReader.of(source.model.assets, source.model.config)
     items = load_items(recipe.evaluate, recipe.data, reader) if recipe.evaluate else {}
     threads = recipe.target.threads or default_threads()
@@ -125,14 +143,21 @@ def _load(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Maker, 
 
 
 def _begin(recipe: Recipe, store: Store, told: Reporter) -> tuple[Source, Chain]:
-    """Load, check and score the source; refuse what the passes can refuse before any work."""
+    """Load the source, plan, and score the source; refuse what the passes can refuse before any work."""
     source, maker, exams = _load(recipe, store, told)
-    for index, each in enumerate(recipe.passes):
-        if not each.optional and not recipe.fallback(index).otherwise:
-            maker.admit(each)
+    with told.progress("planning"):
+        made = plan(recipe, maker, exams)
+    if made.refused:
+        raise CannotRun(made.refused.refusal)
+    _require_finite(source, store, told)
     key = fingerprint(source_identity(source, store))
     examiner = Examiner(recipe, store, told, source.model, key, maker.threads, maker.reader)
-    return source, Chain(recipe, store, told, exams, examiner, maker, Stopwatch(recipe, told, maker, key))
+    return source, Chain(recipe, store, told, exams, examiner, maker, Stopwatch(recipe, told, maker, key), made)
+
+
+def _require_finite(source: Source, store: Store, told: Reporter) -> None:
+    with told.progress("reading weights") as progress:
+        check_finite(source, store, progress)
 
 
 def _before(index: int, maker: Maker, key: str) -> tuple[Model, str]:
@@ -166,6 +191,7 @@ def _package(folder: Path, done: Run, source: Source, chain: Chain) -> str:
     def write_evidence(folder: Path) -> None:
         (folder / "run.json").write_text(done.to_json() + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(done), encoding="utf-8")
+        (folder / "plan.json").write_text(chain.plan.to_json() + "\n", encoding="utf-8")
         for kind, results in (("source", last.examined.source), ("artifact", last.examined.results)):
             for name, result in results.items():
                 result.save(folder / "items" / name / kind)

@@ -1,4 +1,4 @@
-"""What a recipe would do, pass by pass, before any work.
+"""What a recipe would do, before any work: what each pass leaves, what it takes, what the gates will be able to show.
 
 Configuration and headers tell most; a pass that lowers or fuses tries the architecture on a small twin, as the run does
 first of all, so that what the run would refuse is refused here. No weight of the model is read.
@@ -6,64 +6,162 @@ first of all, so that what the run would refuse is refused here. No weight of th
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
-from optimizer.recipe import Recipe
-from passes.base import Context, Estimate, Model, Pass, PassError
+from optimizer.costs import give_back_freed_memory, resident_bytes
+from optimizer.examiner import weights_bytes
+from optimizer.exams import Exams
+from optimizer.fingerprint import fingerprint
+from optimizer.lock import versions
+from optimizer.maker import Maker, pass_identity
+from optimizer.plan_costs import Clock
+from optimizer.plan_gates import plan_gates
+from optimizer.planned import Plan, PlannedStep
+from optimizer.recipe import Keep, Recipe, Rung, Skip, rung_text
+from optimizer.spreads import noted
+from passes._kind import kind_of
+from passes._safetensors import tensor_index
+from passes.base import Context, Model, Pass, PassError, no_progress
 
 NO_ESTIMATE = "no estimate"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One pass and what it would do; `refusal` says why there is no estimate."""
+def plan(recipe: Recipe, maker: Maker, exams: Exams) -> Plan:
+    """Return what to expect of a run of a recipe."""
+    source = maker.source
+    key = outline_key(recipe, source)
+    outlines = maker.store.get_or_build(
+        fingerprint(["plan", key, [identity(each) for each in _offered(recipe)], versions()]),
+        lambda folder: _outlined(recipe, maker),
+    ).meta
+    first, *others = map(_read, outlines["steps"])
+    clock = Clock(maker, exams, int(outlines["resident_bytes"]), first.parameters or 0, first.bytes or 0)
+    steps = (clock.scored(first), *map(clock.passed, others, recipe.passes))
+    rungs = tuple(map(_read, outlines["rungs"]))
+    gates = plan_gates(recipe, exams, kind_of(source.config), key, noted(maker.store.root), clock.seconds_of(steps))
+    sizes = [step.bytes or 0 for step in steps]
+    made = Plan(
+        name=recipe.name,
+        steps=steps,
+        rungs=rungs,
+        gates=gates,
+        seconds=sum(step.pass_s + step.score_s for step in steps) + clock.certifying_s(first.bytes or 0),
+        basis=clock.basis,
+        peak_bytes=max(step.peak_bytes or 0 for step in steps),
+        disk_bytes=sum(sizes[1:]) + sizes[-1],
+    )
+    return replace(made, warnings=tuple(_warnings(recipe, made, maker.store.root)))
 
-    name: str
-    estimate: Estimate | None
-    refusal: str = ""
-    optional: bool = False
 
-    @property
-    def is_refused(self) -> bool:
-        """Say whether the pass would stop the run, rather than be skipped or have no estimate to give."""
-        return self.estimate is None and self.refusal != NO_ESTIMATE and not self.optional
+def outline_key(recipe: Recipe, source: Model) -> str:
+    """Return what names the source without a look at its weights: where it comes from, and its headers."""
+    where = str(recipe.model_folder.resolve()) if recipe.model_folder else recipe.model
+    shapes = {name: [entry.dtype, list(entry.shape)] for name, entry in sorted(tensor_index(source.folder).items())}
+    return fingerprint([where, dict(source.config), shapes])
 
 
-def plan(recipe: Recipe, source: Model) -> tuple[Step, ...]:
-    """Return each pass's estimate, from what the passes before it would leave."""
-    steps: list[Step] = []
-    model = source
+def identity(rung: Rung) -> Any:
+    """Return what decides the outline of a step."""
+    return pass_identity(rung) if isinstance(rung, Pass) else rung_text(rung)
+
+
+def _offered(recipe: Recipe) -> Iterator[Rung]:
+    for index, each in enumerate(recipe.passes):
+        yield each
+        yield from recipe.fallback(index).otherwise
+
+
+def _read(step: Mapping[str, Any]) -> PlannedStep:
+    return PlannedStep(**{**step, "warnings": tuple(step["warnings"])})
+
+
+# ---- what passes leave
+
+
+def _outlined(recipe: Recipe, maker: Maker) -> Mapping[str, Any]:
+    """Return every pass's estimate, from what the passes before it would leave."""
+    source = model = maker.source
+    parameters = sum(prod(entry.shape) for entry in tensor_index(source.folder).values())
+    steps = [PlannedStep("source", bytes=weights_bytes(source), parameters=parameters)]
+    rungs: list[PlannedStep] = []
     with tempfile.TemporaryDirectory(prefix="optimize-plan-") as folder:
-        for number, each in enumerate(recipe.passes):
-            context = Context(Path(folder, str(number)), source, recipe.target.device)
-            context.workdir.mkdir()
-            step = _step(each, model, context)
-            steps.append(step)
-            if step.estimate:
-                model = step.estimate.model
-    return tuple(steps)
+        for index, each in enumerate(recipe.passes):
+            before = model
+            step, model = _outline(each, before, maker, Path(folder, str(index)))
+            steps.append(replace(step, place=index + 1))
+            for number, rung in enumerate(recipe.fallback(index).otherwise, 1):
+                told, _ = _outline(rung, before, maker, Path(folder, f"{index}.{number}"), each.name())
+                rungs.append(replace(told, place=index + 1, rung=number, words=rung_text(rung)))
+    give_back_freed_memory()
+    return {
+        "steps": [asdict(step) for step in steps],
+        "rungs": [asdict(step) for step in rungs],
+        "resident_bytes": resident_bytes(),
+    }
 
 
-def _step(chosen: Pass, model: Model, context: Context) -> Step:
-    if model.stage != chosen.reads:
-        return Step(chosen.name(), None, NO_ESTIMATE, chosen.optional)
+def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, name: str = "") -> tuple[PlannedStep, Model]:
+    if isinstance(rung, Skip):
+        return PlannedStep(name), model
+    if isinstance(rung, Keep):
+        return PlannedStep(name, note="which layers is found by measuring each of them"), model
+    step = PlannedStep(rung.name(), is_optional=rung.optional)
+    folder.mkdir()
+    context = Context(folder, maker.source, maker.recipe.target.device, maker.threads, progress=no_progress)
     try:
-        chosen.admits(context.source, context)
-        chosen.requires(model)
-        estimate = chosen.estimate(model, context)
+        maker.admit(rung)
+        if model.stage != rung.reads:  # a pass before it had no estimate
+            return replace(step, note=NO_ESTIMATE), model
+        rung.requires(model)
+        told = rung.estimate(model, context)
     except PassError as error:
-        return Step(chosen.name(), None, str(error), chosen.optional)
-    return Step(chosen.name(), estimate, "" if estimate else NO_ESTIMATE, chosen.optional)
+        return replace(step, refusal=str(error)), model
+    if told is None:
+        return replace(step, note=NO_ESTIMATE), model
+    step = replace(step, matches=told.matches, bytes=told.bytes, parameters=told.parameters)
+    return replace(step, peak_bytes=told.peak_bytes, note=told.note, warnings=told.warnings), told.model
 
 
-def plan_lines(steps: tuple[Step, ...]) -> list[str]:
-    """Return the plan as aligned lines: matches, weights afterwards and peak memory in MB."""
-    width = max(len(step.name) for step in steps)
-    lines = [f"{'pass':<{width}}  {'matches':>8}  {'weights MB':>11}  {'peak MB':>9}"]
-    for step in steps:
-        told = step.estimate
-        row = f"{told.matches:>8}  {told.bytes / 1e6:>11.1f}  {told.peak_bytes / 1e6:>9.1f}" if told else step.refusal
-        lines.append(f"{step.name:<{width}}  {row}")
-    return lines
+# ---- what is known to go wrong
+
+
+def _warnings(recipe: Recipe, made: Plan, store: Path) -> Iterator[str]:
+    for gate in made.gates:
+        if not gate.can_pass:
+            yield (
+                f"gate.{gate.evaluation}: {gate.items:,} {gate.unit} cannot pass even if no answer changes; "
+                f"{gate.floor:,} could"
+            )
+    sizes, budget = [step.bytes for step in made.steps], recipe.gate.size
+    if budget and sizes[0] and sizes[-1] and sizes[-1] / sizes[0] > budget.max_ratio:
+        yield (
+            f"gate.size: cannot pass, {sizes[-1] / 1e6:.2f} MB is {sizes[-1] / sizes[0]:.1%} of the source, of at most "
+            f"{budget.max_ratio:.1%}"
+        )
+    for step in (*made.steps, *made.rungs):
+        yield from (f"passes.{step.place - 1}.{step.name}: {warning}" for warning in step.warnings)
+    free = shutil.disk_usage(_existing(store)).free
+    if made.disk_bytes > free:
+        yield f"disk: {made.disk_bytes / 1e9:.1f} GB are needed in {store}, {free / 1e9:.1f} GB are free"
+    memory = available_memory()
+    if memory and made.peak_bytes > memory:
+        yield f"memory: {made.peak_bytes / 1e9:.1f} GB are needed, {memory / 1e9:.1f} GB are available"
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory a process can still take; 0 where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)

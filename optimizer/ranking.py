@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimizer.errors import CommandError
+from optimizer.evaluate.calibration import require_unseen
 from optimizer.evaluate.data import read_rows
 from optimizer.evaluate.items import Item, make_items, shuffled
 from optimizer.exams import Exams
@@ -68,6 +69,7 @@ def choosing_texts(
     if calibration is not None:
         rows = shuffled(read_rows(maker.recipe.data[calibration]))
         items = make_items(rows, maker.reader, CONTEXT, bos=True, limit=most)
+        require_unseen(f"passes.{index}.otherwise: data.{calibration}", items, maker.items, maker.reader)
         return RankingTexts(items, f"{len(items)} of {len(rows)} texts of data.{calibration}")
     if exams.last is not None:
         return _items_of(exams, most, " that choose")

@@ -44,6 +44,21 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the plan said of a step.
+
+    Attributes:
+        bytes, pass_s, score_s: as in `Step`.
+        peak_bytes: the larger of the two of `Step`.
+    """
+
+    bytes: int
+    peak_bytes: int
+    pass_s: float
+    score_s: float
+
+
+@dataclass(frozen=True)
 class Step:
     """One pass, or the source when `name` is "source".
 
@@ -62,6 +77,7 @@ class Step:
         score_peak_bytes: largest resident memory of the process when it was scored; 0 where that is not measured.
         scores: evaluation and metric -> score.
         gates: what the gates say of the model at this point, against the source.
+        planned: what was expected; None where nothing could be said beforehand.
     """
 
     name: str
@@ -79,6 +95,12 @@ class Step:
     pass_peak_bytes: int = 0
     score_s: float = 0.0
     score_peak_bytes: int = 0
+    planned: Planned | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the largest resident memory of pass and scoring."""
+        return max(self.pass_peak_bytes, self.score_peak_bytes)
 
 
 @dataclass(frozen=True)

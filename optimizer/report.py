@@ -27,7 +27,7 @@ SHOW_AFTER_S = 1.0
 AGAINST_SOURCE = ("flips", "kl")
 _SEPARATOR = " | "
 _SHARES = ("accuracy", "accuracy_norm", "f1", "flips", "cut", "truncated", "unparsable")
-_UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "spearman": " pt", "flips": " %"}
+UNITS = {"perplexity": " %", "accuracy": " pt", "f1": " pt", "spearman": " pt", "flips": " %"}
 
 
 class Reporter:
@@ -152,7 +152,7 @@ def loss_texts(verdict: Verdict) -> tuple[str, str, str]:
     """Return the loss, its bounds and the budget as a person reads them."""
     values = (verdict.difference, verdict.lower, verdict.upper)
     loss, lower, upper, limit = _losses(verdict.metric, verdict.limit, values)
-    unit = _UNITS.get(verdict.metric, "")
+    unit = UNITS.get(verdict.metric, "")
     return f"{loss}{unit}", f"[{lower}, {upper}]", f"{limit.removeprefix('+')}{unit}"
 
 
@@ -272,9 +272,23 @@ def end_lines(run: Run) -> Iterator[str]:
         yield f"digest   {run.digest}"
     else:
         yield f"no artifact: {_why_none(run)}"
+    yield from outcome_text(run)
     yield f"{run.seconds:.1f} s"
     if run.earlier:
         yield f"careful: {run.earlier} is left from an earlier run, this one did not make it"
+
+
+def outcome_text(run: Run) -> Iterator[str]:
+    """Yield what was planned beside what it came to; nothing where a step was not planned."""
+    planned = [step.planned for step in run.steps if step.planned]
+    if len(planned) == len(run.steps):
+        seconds = sum(each.pass_s + each.score_s for each in planned), sum(s.pass_s + s.score_s for s in run.steps)
+        peaks = max(each.peak_bytes for each in planned) / 1e9, max(step.peak_bytes for step in run.steps) / 1e9
+        memory = f", {peaks[0]:.2f} and {peaks[1]:.2f} GB of memory" if peaks[1] else ""
+        yield (
+            f"planned and made: {planned[-1].bytes / 1e6:.2f} and {run.steps[-1].bytes / 1e6:.2f} MB{memory}, "
+            f"{seconds[0]:.0f} and {seconds[1]:.0f} s of passes and scoring"
+        )
 
 
 def openings_text(opening: Openings) -> str:
@@ -307,7 +321,7 @@ def _why_none(run: Run) -> str:
 
 def _losses(metric: str, limit: float, values: Iterable[float]) -> list[str]:
     """Return losses and then the budget, in the budget's unit."""
-    if metric not in _UNITS:
+    if metric not in UNITS:
         return told_apart(values, limit, 4)
     spec = "" if metric == "flips" else "+"
     return told_apart([100 * value for value in values], 100 * limit, 2, spec)

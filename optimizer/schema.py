@@ -1,4 +1,4 @@
-"""What the dataclasses say: JSON Schemas of recipe, run and comparison for programs, the table of passes for people."""
+"""What the dataclasses say: JSON Schemas of what is read and told for programs, the table of passes for people."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from optimizer.catalogue import Catalogue
+from optimizer.planned import FORMAT as PLAN_FORMAT
+from optimizer.planned import Plan
 from optimizer.reader import alternatives, describe_option, hints, is_required, recipe_fields
 from optimizer.recipe import Gate, Keep, OnFail, Recipe
 from optimizer.record import FORMAT, Against, Comparison, Run, SizeVerdict
@@ -45,10 +47,17 @@ def compare_schema() -> JsonSchema:
     return _told(Comparison, "optimize compare", {"against": {"type": "array", "items": against}})
 
 
-def _told(kind: type, title: str, changes: JsonSchema) -> JsonSchema:
-    """Return the schema of a record, with its format and exit code before all else."""
+def plan_schema() -> JsonSchema:
+    """Return the JSON Schema (draft 7) of what `optimize plan --json` prints."""
+    return _told(Plan, "optimize plan", {}, {"format": {"const": PLAN_FORMAT}})
+
+
+_RECORD: JsonSchema = {"format": {"const": FORMAT}, "exit_code": {"enum": [0, 1, 3]}}
+
+
+def _told(kind: type, title: str, changes: JsonSchema, added: JsonSchema = _RECORD) -> JsonSchema:
+    """Return the schema of a document, with `added` before all else."""
     schema = document_schema(kind)
-    added = {"format": {"const": FORMAT}, "exit_code": {"enum": [0, 1, 3]}}
     schema["properties"] = added | schema["properties"] | changes
     schema["required"] = list(schema["properties"])
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title, **schema}

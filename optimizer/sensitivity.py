@@ -214,8 +214,8 @@ def _measure(
     """Write `damage.npz`: of each layer [V] and text [n] the summed damage, and of each text its tokens or squares."""
     import torch
 
+    from optimizer.costs import give_back_freed_memory
     from optimizer.evaluate.scorers import answering
-    from optimizer.maker import give_back_freed_memory
     from passes._files import atomic_write
     from passes._kind import kind_of
     from passes._sensitivity import replays, saved_bytes, variants_of

@@ -7,19 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from optimizer import costs, journal
-from optimizer.costs import measured, recorded
+from optimizer.costs import Work, extent, measured, recorded
 from optimizer.store import Store
+from passes.base import TORCH, Model
 
 MIB = 1 << 20
+FUSION = Work("fuse_toy", bytes=1000, parameters=500, layers=3)
+
+
+def work(what: str) -> Work:
+    return Work(what, 0, 0, 0)
 
 
 def test_work_is_remembered_with_its_seconds(tmp_path: Path) -> None:
-    with measured(tmp_path, "fuse_toy", 1000, threads=2) as spent:
+    with measured(tmp_path, FUSION, threads=2) as spent:
         pass
     (cost,) = recorded(tmp_path, threads=2)
-    assert (cost.what, cost.bytes, cost.tokens, cost.seconds) == ("fuse_toy", 1000, 0, spent.seconds)
+    assert (cost.work, cost.seconds) == (FUSION, spent.seconds)
     assert 0 <= spent.seconds < 5
 
 
@@ -27,23 +34,30 @@ def test_work_is_remembered_with_its_seconds(tmp_path: Path) -> None:
 def test_peak_is_of_the_block_alone(tmp_path: Path) -> None:
     before = np.ones(200 * MIB, np.uint8)  # an earlier, higher peak
     del before
-    with measured(tmp_path, "small", 0, threads=1) as small:
+    with measured(tmp_path, work("small"), threads=1) as small:
         pass
-    with measured(tmp_path, "large", 0, threads=1) as large:
+    with measured(tmp_path, work("large"), threads=1) as large:
         assert np.ones(100 * MIB, np.uint8).any()
     assert large.peak_bytes - small.peak_bytes == pytest.approx(100 * MIB, abs=20 * MIB)
 
 
 def test_work_that_fails_or_was_half_done_before_is_not_remembered(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), measured(tmp_path, "a", 0, threads=1):
+    with pytest.raises(ZeroDivisionError), measured(tmp_path, work("a"), threads=1):
         raise ZeroDivisionError
-    with measured(tmp_path, "b", 0, threads=1, keep=False):
+    with measured(tmp_path, work("b"), threads=1, keep=False):
         pass
     assert recorded(tmp_path, 1) == []
 
 
+def test_extent_of_a_model_is_read_from_its_headers(tmp_path: Path) -> None:
+    save_file({"a": np.ones((3, 4), np.float16), "b": np.ones(5, np.float32)}, tmp_path / "model.safetensors")
+    for config in ({"num_hidden_layers": 6}, {"n_layer": 6}, {"text_config": {"num_hidden_layers": 6}, "n_layer": 2}):
+        assert extent(Model(TORCH, tmp_path, tmp_path, config)) == (17, 6)
+    assert extent(Model(TORCH, tmp_path, tmp_path, {})) == (17, 1)
+
+
 def test_other_machines_and_other_threads_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with measured(tmp_path, "a", 0, threads=1):
+    with measured(tmp_path, work("a"), threads=1):
         pass
     assert recorded(tmp_path, 2) == []
     monkeypatch.setattr(costs, "host", lambda: "another processor x 64")
@@ -51,11 +65,11 @@ def test_other_machines_and_other_threads_tell_nothing(tmp_path: Path, monkeypat
 
 
 def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
-    with measured(tmp_path, "a", 0, threads=1):
+    with measured(tmp_path, work("a"), threads=1):
         pass
     path = tmp_path / costs.NAME
     path.write_bytes(b'\xff{"half": \n[1]\n{"other": 1}\n' + path.read_bytes() + b'{"cut')
-    assert [cost.what for cost in recorded(tmp_path, 1)] == ["a"]
+    assert [cost.work.what for cost in recorded(tmp_path, 1)] == ["a"]
 
 
 def test_writers_at_once_lose_no_line(tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_costs_of_work_that_was_done_are_remembered_once(bench: Bench) -> None:
     done = bench.run(Lower(), Polish())
     bench.run(Lower(), Polish())
     costs = recorded(bench.folder / "store", threads=1)
-    assert [cost.what for cost in costs] == ["lower", "polish"]
+    assert [cost.work.what for cost in costs] == ["lower", "polish"]
     assert [cost.seconds for cost in costs] == [step.pass_s for step in done.steps[1:]]
-    assert [cost.bytes for cost in costs] == [step.bytes for step in done.steps[:-1]]
+    assert [cost.work.bytes for cost in costs] == [step.bytes for step in done.steps[:-1]]
     assert [cost.peak_bytes for cost in costs] == [step.pass_peak_bytes for step in done.steps[1:]]

@@ -1,7 +1,6 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import ClassVar
 
 import pytest
 from toy_recipes import CHOICES, RIGHT, ExportToy, FuseToy, QuantizeToy
@@ -10,10 +9,8 @@ from optimizer.errors import CommandError, RecipeError
 from optimizer.evaluate.items import TopUp
 from optimizer.evaluate.perplexity import Perplexity
 from optimizer.gate import Budget
-from optimizer.plan import plan, plan_lines
 from optimizer.recipe import Fallback, Gate, Keep, Recipe, Skip, rung_text
 from optimizer.recipe_reader import load, parse
-from passes.base import TORCH, Context, Model, Pass, PassError, Stage
 
 LABELLED = RIGHT.replace("task: perplexity", "task: classification").replace("group: path", "label: topic")
 
@@ -493,33 +490,6 @@ def test_unknown_stop_is_a_wrong_command(folder: Path) -> None:
     assert recipe.index_of("export_toy") == 1
     with pytest.raises(CommandError, match=r"--stop-after: unknown pass 'export'; did you mean 'export_toy'\?"):
         recipe.index_of("export")
-
-
-def test_plan_tells_estimates_and_refusals(folder: Path) -> None:
-    steps = plan(read(RIGHT, folder), Model(TORCH, folder, folder, {}))
-    assert [step.refusal for step in steps] == ["", "", "fuse_toy matched 0 of 2 blocks"]
-    assert [step.is_refused for step in steps] == [False, False, True]
-    assert plan_lines(steps)[1].split() == ["quantize_toy", "7", "1.0", "2.0"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picky(Pass):
-    """Takes no architecture."""
-
-    reads: ClassVar[Stage] = TORCH
-    writes: ClassVar[Stage] = TORCH
-
-    def admits(self, source: Model, ctx: Context) -> None:
-        raise PassError("picky: takes no architecture")
-
-
-def test_plan_refuses_an_architecture_that_the_run_would_refuse(folder: Path) -> None:
-    recipe = read(RIGHT, folder)
-    model = Model(TORCH, folder, folder, {})
-    (step,) = plan(replace(recipe, passes=(Picky(),)), model)
-    assert (step.is_refused, step.refusal) == (True, "picky: takes no architecture")
-    (step,) = plan(replace(recipe, passes=(Picky(optional=True),)), model)
-    assert not step.is_refused  # the run would skip it
 
 
 def test_ranges_hold_without_a_recipe_too() -> None:

@@ -7,7 +7,7 @@ import pytest
 from scoring_fakes import write_rows, write_tokenizer
 
 from optimizer.errors import RecipeError
-from optimizer.evaluate.calibration import load_calibration
+from optimizer.evaluate.calibration import _count_seen, load_calibration
 from optimizer.evaluate.data import DataError
 from optimizer.evaluate.items import Item
 from optimizer.evaluate.text_reader import TextReader
@@ -59,8 +59,8 @@ def test_a_pass_that_names_no_data_is_shown_none(tmp_path):
 
 def test_texts_of_an_evaluation_are_refused_with_their_number(tmp_path):
     message = (
-        r"^passes\.0\.calibrated: data\.shown: 2 of 4 calibration texts have the same token ids as texts of "
-        r"evaluate\.ppl, expected none; calibrate on other texts$"
+        r"^passes\.0\.calibrated: data\.shown: 2 of 4 calibration texts are texts of "
+        r"evaluate\.ppl, or begin as one does, expected none; calibrate on other texts$"
     )
     with pytest.raises(DataError, match=message):
         load(tmp_path, Calibrated(), (0, 3, 3), (0, 5, 2, 3), (0, 6))
@@ -77,3 +77,19 @@ def test_a_recipe_that_names_no_entry_of_data_is_told_where(tmp_path):
     assert [str(mistake) for mistake in caught.value.mistakes] == [
         "recipe.yaml:6:55: passes.0.quantize_int8.calibration: data has no entry 'shwon'; did you mean 'shown'?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("judged", "seen"),
+    [
+        ("What is\n  the WEATHER like", 1),  # in other case and white space
+        ("what is", 0),  # the beginning of many questions
+        ("what is the weather like today", 0),
+        ("word " * 60 + "and so on", 1),  # one goes on where the other was cut
+        ("word " * 45, 1),
+        ("word " * 60 + "and otherwise", 0),  # both go on, each in its own way
+    ],
+)
+def test_texts_are_the_same_whatever_case_white_space_or_cut(judged, seen):
+    shown = ["what is the weather like", ("word " * 60 + "and so on, to the end").strip()]
+    assert _count_seen(shown, [" ".join(judged.casefold().split())]) == seen

@@ -27,9 +27,11 @@ from optimizer.recipe import Keep, Recipe, Rung, Skip, rung_text
 from optimizer.spreads import noted
 from passes._kind import kind_of
 from passes._safetensors import tensor_index
-from passes.base import Context, Model, Pass, PassError, no_progress
+from passes.base import TORCH, Context, Model, Pass, PassError, no_progress
 
 NO_ESTIMATE = "no estimate"
+_LOADED = 1.5
+"""Times its size that a graph takes in memory: its weights, and what kernels make of some of them."""
 
 
 def plan(recipe: Recipe, maker: Maker, exams: Exams) -> Plan:
@@ -88,7 +90,8 @@ def _outlined(recipe: Recipe, maker: Maker) -> Mapping[str, Any]:
     """Return every pass's estimate, from what the passes before it would leave."""
     source = model = maker.source
     parameters = sum(prod(entry.shape) for entry in tensor_index(source.folder).values())
-    steps = [PlannedStep("source", bytes=weights_bytes(source), parameters=parameters)]
+    size = weights_bytes(source)
+    steps = [PlannedStep("source", bytes=size, parameters=parameters, scoring_bytes=_scoring_bytes(source, size))]
     rungs: list[PlannedStep] = []
     with tempfile.TemporaryDirectory(prefix="optimize-plan-") as folder:
         for index, each in enumerate(recipe.passes):
@@ -125,7 +128,20 @@ def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, name: str = "
     if told is None:
         return replace(step, note=NO_ESTIMATE), model
     step = replace(step, matches=told.matches, bytes=told.bytes, parameters=told.parameters)
-    return replace(step, peak_bytes=told.peak_bytes, note=told.note, warnings=told.warnings), told.model
+    step = replace(step, peak_bytes=told.peak_bytes, scoring_bytes=_scoring_bytes(told.model, told.bytes))
+    return replace(step, note=told.note, warnings=told.warnings), told.model
+
+
+def _scoring_bytes(model: Model, size: int) -> int:
+    """Return the memory that the weights of a model of this size take while it is scored."""
+    from passes._outline import walking_bytes
+
+    if model.stage != TORCH:
+        return int(_LOADED * size)
+    try:
+        return walking_bytes(model)
+    except PassError:  # the files are no whole model: whatever reads them says so
+        return size
 
 
 # ---- what is known to go wrong

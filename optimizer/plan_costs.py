@@ -12,7 +12,7 @@ from optimizer.examiner import AGAIN_TOKENS
 from optimizer.exams import Exams
 from optimizer.maker import Maker
 from optimizer.planned import PlannedStep
-from passes.base import ONNX, TORCH, Pass, Stage
+from passes.base import TORCH, Pass, Stage
 
 _BASES: Mapping[Basis, str] = {
     "measured": "measured here",
@@ -21,8 +21,6 @@ _BASES: Mapping[Basis, str] = {
 }
 _ACTIVATIONS = 250 << 20
 """Bytes that texts take on their way through a model."""
-_LOADED = 2
-"""Times its size that a graph takes in memory: its weights, and what kernels make of them."""
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Clock:
         if not tokens:
             return replace(step, peak_bytes=self.resident + (step.peak_bytes or 0))
         seconds = self._seconds(scoring_at(self.stage), tokens + more_tokens, self.bytes)
-        scoring = _ACTIVATIONS + (_LOADED * self.bytes if self.stage == ONNX else 0)
+        scoring = step.scoring_bytes + _ACTIVATIONS
         return replace(step, score_s=seconds, peak_bytes=self.resident + max(step.peak_bytes or 0, scoring))
 
     def _tokens(self, parts: Mapping[str, Part]) -> int:

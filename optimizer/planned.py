@@ -23,6 +23,7 @@ class PlannedStep:
         bytes: size of the model's files afterwards.
         parameters: numbers that its weights stand for.
         peak_bytes: largest resident memory of the process meanwhile, scoring included.
+        scoring_bytes: memory that scoring takes for the weights.
         pass_s: seconds of the pass.
         score_s: seconds of the scoring after it.
         note: what is left as it was, and why.
@@ -39,6 +40,7 @@ class PlannedStep:
     bytes: int | None = None
     parameters: int | None = None
     peak_bytes: int | None = None
+    scoring_bytes: int = 0
     pass_s: float = 0.0
     score_s: float = 0.0
     note: str = ""

@@ -94,11 +94,26 @@ def parameters_of(module: torch.nn.Module) -> int:
 
 
 def part_bytes(skeleton: Skeleton) -> list[int]:
-    """Return the size of each part of a torch stage once it is loaded, every number in 4 bytes."""
+    """Return the size of each part of a torch stage as it is stored."""
     return [
-        4 * sum(prod(skeleton.entries[stored].shape) for stored in set(skeleton.tensors(part).values()))
+        sum(skeleton.entries[stored].nbytes for stored in set(skeleton.tensors(part).values()))
         for part in skeleton.outside() + skeleton.blocks
     ]
+
+
+def walking_bytes(model: Model) -> int:
+    """Return the memory of a walk over a torch stage: all outside its blocks, and the largest of these.
+
+    Integers count as they are, all else 4 bytes.
+    """
+    skeleton = Skeleton(model)
+    outside, blocks = ([_loaded(skeleton, part) for part in parts] for parts in (skeleton.outside(), skeleton.blocks))
+    return sum(outside) + max(blocks, default=0)
+
+
+def _loaded(skeleton: Skeleton, part: str) -> int:
+    entries = [skeleton.entries[stored] for stored in set(skeleton.tensors(part).values())]
+    return sum(entry.nbytes if entry.dtype in ("U8", "I8") else 4 * prod(entry.shape) for entry in entries)
 
 
 def _stored(module: PreTrainedModel, layer: str, spec: LayerSpec) -> dict[str, torch.Tensor]:
@@ -125,18 +140,12 @@ def outline_graph(model: Model, ctx: Context, lower: Callable[[Model, Path], Non
         folder.mkdir()
         with in_outline():
             lower(each, folder)
-        own.append(_graph_bytes(Skeleton(each)))
+        own.append(_loaded(Skeleton(each), ""))
         sizes.append(weight_bytes(folder))
-    graphs = _Graphs(_graph_bytes(whole), parameters_of(build_module(model.config, "sdpa")), tuple(own), more)
+    graphs = _Graphs(_loaded(whole, ""), parameters_of(build_module(model.config, "sdpa")), tuple(own), more)
     (ctx.workdir / FILE).write_text(json.dumps(asdict(graphs)))
     after = replace(model, stage=ONNX, folder=ctx.workdir)
     return Estimate(1, graphs.size(sizes), graphs.parameters, 0, after)
-
-
-def _graph_bytes(skeleton: Skeleton) -> int:
-    """Return the size of a torch stage's tensors in a graph: integers as they are, all else float32."""
-    entries = [skeleton.entries[stored] for stored in set(skeleton.tensors("").values())]
-    return sum(entry.nbytes if entry.dtype in ("U8", "I8") else 4 * prod(entry.shape) for entry in entries)
 
 
 def _shallow(whole: Skeleton, model: Model, folder: Path) -> tuple[list[Model], float]:

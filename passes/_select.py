@@ -79,7 +79,7 @@ class Selection:
             matches=len(specs),
             bytes=torch_bytes(after),
             parameters=parameters_of(skeleton.module),
-            peak_bytes=3 * max(part_bytes(skeleton)),
+            peak_bytes=2 * max(part_bytes(skeleton)),
             model=after,
             note=self.note(skeleton.module),
         )

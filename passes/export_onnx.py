@@ -35,7 +35,7 @@ class ExportOnnx(Pass):
 
     def estimate(self, model: Model, ctx: Context) -> Estimate:
         """Lower the model without its weights, or a shallow one where it is deep."""
-        from passes._outline import outline_graph, part_bytes
+        from passes._outline import outline_graph, part_bytes, walking_bytes
         from passes._skeleton import Skeleton
         from passes._twin import choose_lowering
 
@@ -44,7 +44,8 @@ class ExportOnnx(Pass):
         def lower(shallow: Model, folder: Path) -> None:
             _lower(shallow, way, folder)
 
-        return replace(outline_graph(model, ctx, lower), peak_bytes=3 * max(part_bytes(Skeleton(model))))
+        peak_bytes = walking_bytes(model) + 2 * max(part_bytes(Skeleton(model)))
+        return replace(outline_graph(model, ctx, lower), peak_bytes=peak_bytes)
 
     def admits(self, source: Model, ctx: Context) -> None:
         """Lower a shrunken twin, made to show what the model itself hides, and compare it with torch."""

@@ -65,7 +65,7 @@ class SmoothQuant(Pass):
 
     def estimate(self, model: Model, ctx: Context) -> Estimate:
         """Count the linear layers inside the blocks, most of which have a pair; their tensors become float32."""
-        from passes._outline import outline_float32, parameters_of, part_bytes, torch_bytes
+        from passes._outline import outline_float32, parameters_of, torch_bytes, walking_bytes
         from passes._pairs import is_linear
         from passes._skeleton import Skeleton, inside
 
@@ -80,7 +80,7 @@ class SmoothQuant(Pass):
             matches=len(linears),
             bytes=torch_bytes(after),
             parameters=parameters_of(skeleton.module),
-            peak_bytes=3 * max(part_bytes(skeleton)),
+            peak_bytes=walking_bytes(after),
             model=after,
         )
 

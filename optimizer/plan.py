@@ -1,7 +1,8 @@
 """What a recipe would do, before any work: what each pass leaves, what it takes, what the gates will be able to show.
 
 Configuration and headers tell most; a pass that lowers or fuses tries the architecture on a small twin, as the run does
-first of all, so that what the run would refuse is refused here. No weight of the model is read.
+first of all, so that what the run would refuse is refused here. Whether quantized layers are fast is measured, one at
+a time. No weight of the model is read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from optimizer.costs import give_back_freed_memory, resident_bytes
+from optimizer.costs import give_back_freed_memory, host, resident_bytes
 from optimizer.examiner import weights_bytes
 from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint
+from optimizer.kernels import slow_layers
 from optimizer.lock import versions
 from optimizer.maker import Maker, pass_identity
 from optimizer.plan_costs import Clock
@@ -38,8 +40,9 @@ def plan(recipe: Recipe, maker: Maker, exams: Exams) -> Plan:
     """Return what to expect of a run of a recipe."""
     source = maker.source
     key = outline_key(recipe, source)
+    offered = [identity(each) for each in _offered(recipe)]
     outlines = maker.store.get_or_build(
-        fingerprint(["plan", key, [identity(each) for each in _offered(recipe)], versions()]),
+        fingerprint(["plan", key, offered, versions(), host(), maker.threads]),
         lambda folder: _outlined(recipe, maker),
     ).meta
     first, *others = map(_read, outlines["steps"])
@@ -129,7 +132,7 @@ def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, name: str = "
         return replace(step, note=NO_ESTIMATE), model
     step = replace(step, matches=told.matches, bytes=told.bytes, parameters=told.parameters)
     step = replace(step, peak_bytes=told.peak_bytes, scoring_bytes=_scoring_bytes(told.model, told.bytes))
-    return replace(step, note=told.note, warnings=told.warnings), told.model
+    return replace(step, note=told.note, warnings=slow_layers(model, told, maker)), told.model
 
 
 def _scoring_bytes(model: Model, size: int) -> int:

@@ -25,7 +25,7 @@ def lower(skeleton: Skeleton, route: str = "fused", takes_batches: bool = True) 
     tidy(model)
     _merge_tied(model, skeleton)
     _flatten_tables(model)
-    _transpose_weights(model)
+    transpose_weights(model)
     return model
 
 
@@ -55,7 +55,7 @@ def _flatten_tables(model: ir.Model) -> None:
             del model.graph.initializers[table.name]
 
 
-def _transpose_weights(model: ir.Model) -> None:
+def transpose_weights(model: ir.Model) -> None:
     """Store what the graph would transpose at every load the way it is used."""
     initializers = model.graph.initializers
     for node in list(model.graph):

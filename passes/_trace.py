@@ -158,29 +158,37 @@ def _trace(
     outputs: Sequence[str],
 ) -> ir.Model:
     try:
-        with interrupts_kept(), _weightless(skeleton.module), _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                graph,
-                arguments,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=shapes,
-                input_names=inputs,
-                output_names=outputs,
-                optimize=False,
-                verbose=False,
-            )
+        with _weightless(skeleton.module):
+            model = trace_module(graph, arguments, shapes, inputs, outputs)
     except Exception as error:  # whatever an architecture nobody has tried makes torch raise
         cause = error.__cause__ or error
         if isinstance(cause, PassError):  # a route's own refusal, which the exporter wraps
             raise cause from error
         architecture = type(skeleton.module).__name__
         raise PassError(f"export_onnx: torch cannot trace {architecture}: {first_line(cause)}") from error
-    assert program is not None
-    model = program.model
-    model.ir_version = IR_VERSION
     _bind_weights(model, skeleton)
     return model
+
+
+def trace_module(
+    module: nn.Module, arguments: tuple[Any, ...], shapes: Any, inputs: Sequence[str], outputs: Sequence[str]
+) -> ir.Model:
+    """Return the graph of a module that runs on example arguments, each of them with its dynamic axes."""
+    with interrupts_kept(), _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.ir_version = IR_VERSION
+    return program.model
 
 
 def _bind_weights(model: ir.Model, skeleton: Skeleton) -> None:

@@ -110,7 +110,6 @@ class Estimate:
         peak_bytes: memory that the work takes besides what the process holds anyway.
         model: what it would leave, in outline: files that are right but for holes in the place of numbers.
         note: as in `PassResult`.
-        warnings: what a user should think of twice, such as a form that nothing multiplies fast.
     """
 
     matches: int
@@ -119,7 +118,6 @@ class Estimate:
     peak_bytes: int
     model: Model
     note: str = ""
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,10 @@ class Planned(Harm):
     """Harm that says what it will do; `wrong` is how many bytes it is mistaken by."""
 
     wrong: int = 0
-    warns: str = ""
 
     def estimate(self, model: Model, ctx: Context) -> Estimate:
         size = sum((Path(__file__).parents[1] / "data/artifact-v1-classifier" / name).stat().st_size for name in FILES)
-        warnings = (self.warns,) if self.warns else ()
-        return Estimate(1, size + self.grows + self.wrong, 100, 1 << 20, model, warnings=warnings)
+        return Estimate(1, size + self.grows + self.wrong, 100, 1 << 20, model)
 
 
 FILES = ("model.onnx", "model.onnx.data")
@@ -118,10 +116,6 @@ def test_with_a_ladder_the_items_that_judge_at_half_the_level_are_planned(ladder
 def test_a_size_that_cannot_pass_is_a_warning(ladder: Ladder) -> None:
     (warning,) = ladder.plan(Planned(grows=2_000_000), max_ratio=1.0).warnings
     assert warning.startswith("gate.size: cannot pass, 2.")
-
-
-def test_what_a_pass_warns_of_is_told_with_its_place(ladder: Ladder) -> None:
-    assert ladder.plan(Planned(warns="slow")).warnings == ("passes.1.planned: slow",)
 
 
 def test_run_stops_before_any_work_at_what_the_plan_refuses(ladder: Ladder) -> None:

@@ -1,9 +1,9 @@
 """How much each form changes what gates judge: the table that `plan` forecasts with where nothing was measured yet.
 
-    python benchmarks/spreads.py --work DIR --classifier FOLDER --test TEST.csv --label category --embedder FOLDER \
-        --decoder recipes/models/stdlib-llama --documents DOCUMENTS.jsonl
+    python benchmarks/spreads.py --work DIR --classifier FOLDER --test TEST.csv --label category \
+        --embedder FOLDER --decoder recipes/models/stdlib-llama --documents DOCUMENTS.jsonl
 
-Prints one line of `optimizer/spreads.py` for each kind of model, metric and form. Untimed: it may run beside other work.
+Prints lines of `optimizer/spreads.py`, one for each kind of model, metric and form. Untimed: other work may go on.
 """
 
 from __future__ import annotations

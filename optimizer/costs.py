@@ -25,7 +25,7 @@ from passes.base import Model, Stage
 NAME = "measured/costs.jsonl"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # of proc_pid_clear_refs(5)
-_M_MMAP_THRESHOLD = -3  # of <malloc.h>
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of <malloc.h>
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _CLOSE = 1.2
 """Times as large, or as small, is nearly the same work."""
@@ -226,12 +226,14 @@ def give_back_freed_memory() -> None:
     """Let glibc return what was freed to the system, and from now on every freed block of a megabyte and more at once.
 
     Left alone it raises that threshold to 32 MiB by itself, and blocks of weights that come and go leave a heap that
-    grows with the model's depth (measured: docs/log.md, 2026-11-20); and the heap of every thread of a walk keeps what
-    it once had: 370 MB after 3,080 texts through MiniLM (2026-11-25). Elsewhere there is no `mallopt`, and no need.
+    grows with the model's depth (measured: docs/log.md, 2026-11-20); and the threads of a walk, which take turns, would
+    have heaps of their own that keep what they once had: 260 MB after 3,080 texts through MiniLM (2026-11-25).
+    Elsewhere there is no `mallopt`, and no need.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_M_ARENA_MAX, 1)
         libc.malloc_trim(0)
 
 

@@ -264,6 +264,7 @@ def end_lines(run: Run) -> Iterator[str]:
     yield from _remarks(run.verdicts)
     yield from _speed_remarks(run.speeds)
     yield from (openings_text(opening) for opening in run.openings if opening.count > 1)
+    yield from outcome_text(run)
     if run.rejected:
         several = len(run.rejected) > 1
         yield f"{len(run.rejected)} rung{'s' * several} gave way{', the last' * several}: {run.rejected[-1].reason}"
@@ -272,7 +273,6 @@ def end_lines(run: Run) -> Iterator[str]:
         yield f"digest   {run.digest}"
     else:
         yield f"no artifact: {_why_none(run)}"
-    yield from outcome_text(run)
     yield f"{run.seconds:.1f} s"
     if run.earlier:
         yield f"careful: {run.earlier} is left from an earlier run, this one did not make it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -120,10 +121,12 @@ def orders(concentrated: bool, n: int, seed: int) -> Iterator[Pair]:
 
 
 def spearman_loss(concentrated: bool) -> float:
-    """Return the rank correlation lost in a population."""
-    source, candidate = next(orders(concentrated, POPULATION // 4, seed=99))
-    reference = source.values["reference"]
-    return spearman(reference, source.values["answer"]) - spearman(reference, candidate.values["answer"])
+    """Return the rank correlation lost in populations, on average over 16: of one it is known to 1 % only."""
+    lost = []
+    for source, candidate in itertools.islice(orders(concentrated, POPULATION // 4, seed=99), 16):
+        reference = source.values["reference"]
+        lost.append(spearman(reference, source.values["answer"]) - spearman(reference, candidate.values["answer"]))
+    return float(np.mean(lost))
 
 
 def kappa(answers: Array, references: Array) -> float:

@@ -104,7 +104,7 @@ def planned(recipe: Recipe, *, store: Path | None = None, reporter: Style = "qui
         with quiet_libraries(), Store(store or default_root(), default_limit(), told.warn) as opened:
             _, maker, exams = _load(recipe, opened, told)
             with told.progress("planning"):
-                return plan(recipe, maker, exams)
+                return plan(recipe, maker, exams, times_layers=True)
     except (PassError, ServingError) as error:
         raise CannotRun(str(error)) from error
 

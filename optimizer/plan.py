@@ -36,15 +36,18 @@ _LOADED = 1.5
 """Times its size that a graph takes in memory: its weights, and what kernels make of some of them."""
 
 
-def plan(recipe: Recipe, maker: Maker, exams: Exams) -> Plan:
-    """Return what to expect of a run of a recipe."""
+def plan(recipe: Recipe, maker: Maker, exams: Exams, *, times_layers: bool = False) -> Plan:
+    """Return what to expect of a run of a recipe.
+
+    Args:
+        recipe: the recipe.
+        maker: makes its models.
+        exams: what it asks.
+        times_layers: warn of quantized layers that this processor is slow at, which takes seconds to find out.
+    """
     source = maker.source
     key = outline_key(recipe, source)
-    offered = [identity(each) for each in _offered(recipe)]
-    outlines = maker.store.get_or_build(
-        fingerprint(["plan", key, offered, versions(), host(), maker.threads]),
-        lambda folder: _outlined(recipe, maker),
-    ).meta
+    outlines = _outlines(recipe, maker, key, times_layers)
     first, *others = map(_read, outlines["steps"])
     clock = Clock(maker, exams, int(outlines["resident_bytes"]), first.parameters or 0, first.bytes or 0)
     steps = (clock.scored(first), *map(clock.passed, others, recipe.passes))
@@ -62,6 +65,17 @@ def plan(recipe: Recipe, maker: Maker, exams: Exams) -> Plan:
         disk_bytes=sum(sizes[1:]) + sizes[-1],
     )
     return replace(made, warnings=tuple(_warnings(recipe, made, maker.store.root)))
+
+
+def _outlines(recipe: Recipe, maker: Maker, key: str, times_layers: bool) -> Mapping[str, Any]:
+    """Return what every step would leave, from the store where a plan was made before."""
+    offered = [identity(each) for each in _offered(recipe)]
+    timed, plain = (
+        fingerprint(["plan", key, offered, versions(), host(), maker.threads, is_timed]) for is_timed in (True, False)
+    )
+    known = maker.store.get(timed) if not times_layers else None
+    chosen = timed if times_layers else plain
+    return (known or maker.store.get_or_build(chosen, lambda _: _outlined(recipe, maker, times_layers))).meta
 
 
 def outline_key(recipe: Recipe, source: Model) -> str:
@@ -89,7 +103,7 @@ def _read(step: Mapping[str, Any]) -> PlannedStep:
 # ---- what passes leave
 
 
-def _outlined(recipe: Recipe, maker: Maker) -> Mapping[str, Any]:
+def _outlined(recipe: Recipe, maker: Maker, times_layers: bool) -> Mapping[str, Any]:
     """Return every pass's estimate, from what the passes before it would leave."""
     source = model = maker.source
     parameters = sum(prod(entry.shape) for entry in tensor_index(source.folder).values())
@@ -99,11 +113,13 @@ def _outlined(recipe: Recipe, maker: Maker) -> Mapping[str, Any]:
     with tempfile.TemporaryDirectory(prefix="optimize-plan-") as folder:
         for index, each in enumerate(recipe.passes):
             before = model
-            step, model = _outline(each, before, maker, Path(folder, str(index)))
+            step, model = _outline(each, before, maker, Path(folder, str(index)), times_layers)
             steps.append(replace(step, place=index + 1))
             for number, rung in enumerate(recipe.fallback(index).otherwise, 1):
-                told, _ = _outline(rung, before, maker, Path(folder, f"{index}.{number}"), each.name())
-                rungs.append(replace(told, place=index + 1, rung=number, words=rung_text(rung)))
+                told, _ = _outline(rung, before, maker, Path(folder, f"{index}.{number}"), times_layers)
+                rungs.append(
+                    replace(told, name=told.name or each.name(), place=index + 1, rung=number, words=rung_text(rung))
+                )
     give_back_freed_memory()
     return {
         "steps": [asdict(step) for step in steps],
@@ -112,11 +128,11 @@ def _outlined(recipe: Recipe, maker: Maker) -> Mapping[str, Any]:
     }
 
 
-def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, name: str = "") -> tuple[PlannedStep, Model]:
+def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, times_layers: bool) -> tuple[PlannedStep, Model]:
     if isinstance(rung, Skip):
-        return PlannedStep(name), model
+        return PlannedStep(""), model
     if isinstance(rung, Keep):
-        return PlannedStep(name, note="which layers is found by measuring each of them"), model
+        return PlannedStep("", note="which layers is found by measuring each of them"), model
     step = PlannedStep(rung.name(), is_optional=rung.optional)
     folder.mkdir()
     context = Context(folder, maker.source, maker.recipe.target.device, maker.threads, progress=no_progress)
@@ -132,7 +148,8 @@ def _outline(rung: Rung, model: Model, maker: Maker, folder: Path, name: str = "
         return replace(step, note=NO_ESTIMATE), model
     step = replace(step, matches=told.matches, bytes=told.bytes, parameters=told.parameters)
     step = replace(step, peak_bytes=told.peak_bytes, scoring_bytes=_scoring_bytes(told.model, told.bytes))
-    return replace(step, note=told.note, warnings=slow_layers(model, told, maker)), told.model
+    warnings = slow_layers(model, told, maker) if times_layers else ()
+    return replace(step, note=told.note, warnings=warnings), told.model
 
 
 def _scoring_bytes(model: Model, size: int) -> int:

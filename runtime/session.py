@@ -1,7 +1,7 @@
 """One forward pass: token ids in, logits out, on ONNX Runtime's CPU provider.
 
-A session owns the buffers its graph reads and writes. They are bound once; a decode step writes three numbers in place,
-runs, and reads the logits where the graph left them.
+A session owns the buffers its graph reads and writes. They are bound once for each number of rows; a decode step writes
+a few numbers in place, runs, and reads the logits where the graph left them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import SessionError
+from runtime.kv_cache import KVBuffers
 from runtime.processor import int8_sums_may_overflow
 from runtime.threads import default_threads
 
@@ -71,11 +72,13 @@ class _Signature:
         small: its inputs beside the cache.
         cache: `LAYER.key` and `LAYER.value` -> heads and head width, which may differ from layer to layer.
         vocabulary: width of its logits.
+        takes_batches: whether rows of different lengths may share a run.
     """
 
     small: tuple[str, ...]
     cache: Mapping[str, tuple[int, int]]
     vocabulary: int
+    takes_batches: bool
 
     @property
     def layers(self) -> int:
@@ -83,53 +86,81 @@ class _Signature:
 
 
 class DecoderSession:
-    """One sequence on a decoder graph, with a key/value cache shared between input and output.
+    """Sequences on a decoder graph, one in each slot of a key/value cache that the graph reads and writes in place.
 
-    The cache holds positions 0..capacity-1. A caller says with `past` how many of them count: going back is free, and a
-    new sequence starts with `past=0`. Not thread-safe.
+    A slot holds positions 0..capacity-1 of its sequence. A caller says with `past` how many of them count: going back
+    is free, and a new sequence starts with `past=0`. Not thread-safe.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, capacity: int, threads: int | None = None) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str], *, capacity: int, threads: int | None = None, slots: int = 1
+    ) -> None:
         """Load the graph and reserve the cache.
 
         Args:
             model: path of the .onnx file; layers, heads and head width are read from its inputs.
             capacity: most tokens of one sequence. Memory is taken as tokens are written, where the system allows.
             threads: threads per operator; None takes `default_threads()`.
+            slots: how many sequences it holds.
 
         Raises:
-            SessionError: when the graph cannot be loaded or is no decoder graph.
+            SessionError: when the graph cannot be loaded, is no decoder graph, or takes no more than one sequence.
         """
-        if capacity < 1:
-            raise SessionError(f"capacity: got {capacity}, expected at least 1 token")
+        for name, value, unit in (("capacity", capacity, "token"), ("slots", slots, "sequence")):
+            if value < 1:
+                raise SessionError(f"{name}: got {value}, expected at least 1 {unit}")
         self._session = open_graph(model, threads)
-        signature = _decoder_signature(Path(model), self._session)
+        self._signature = _decoder_signature(Path(model), self._session)
+        if slots > 1 and not self._signature.takes_batches:
+            raise SessionError(f"{model}: slots: got {slots}, expected 1; this graph runs one sequence at a time")
         self.capacity = capacity
-        self.layers = signature.layers
-        self.heads, self.head_width = signature.cache["0.key"]
-        self.vocabulary = signature.vocabulary
-        self._cache = _reserve_cache(signature, capacity)
-        self._decode = _Binding(self._session, signature, self._cache, tokens=1, rows=1)
-        self._chunk: _Binding | None = None
+        self.slots = slots
+        self.layers = self._signature.layers
+        self.heads, self.head_width = self._signature.cache["0.key"]
+        self.vocabulary = self._signature.vocabulary
+        self.cache = KVBuffers(self._signature.cache, slots=slots, capacity=capacity)
+        self._logits = np.empty((slots, self.vocabulary), np.float32)
+        self._decodes: dict[int, _Binding] = {}  # by the number of rows
+        self._chunks: dict[int, _Binding] = {}  # by slot
 
     def step(self, token: int, past: int) -> NDArray[np.float32]:
-        """Run one token at position `past`, after `past` tokens already in the cache.
+        """Run one token of the sequence in slot 0 at position `past`, after `past` tokens already in the cache.
 
         Returns:
             Its logits `[V]`: a view that the next call overwrites.
         """
-        if not 0 <= past < self.capacity:
-            raise SessionError(f"step: got position {past}, expected 0 to {self.capacity - 1}, the cache's capacity")
-        logits: NDArray[np.float32] = self._decode.run(token, past)[0]
+        logits: NDArray[np.float32] = self.decode([token], [past])[0]
         return logits
 
-    def run(self, ids: ArrayLike, past: int = 0, rows: ArrayLike | None = None) -> NDArray[np.float32]:
-        """Run a chunk of tokens after the `past` tokens already in the cache.
+    def decode(self, tokens: Sequence[int], pasts: Sequence[int]) -> NDArray[np.float32]:
+        """Run one token of each of the sequences in slots 0 to n - 1.
+
+        Args:
+            tokens: an id for each, n of them.
+            pasts: of each, how many tokens in the cache count, and so the position its token takes.
+
+        Returns:
+            Logits `[n, V]`: a view that the next call overwrites.
+        """
+        if not 1 <= len(tokens) == len(pasts) <= self.slots:
+            got = f"{len(tokens)} tokens and {len(pasts)} positions"
+            raise SessionError(f"decode: got {got}, expected 1 to {self.slots} of both, the slots")
+        if not 0 <= min(pasts) <= max(pasts) < self.capacity:
+            at = next(past for past in pasts if not 0 <= past < self.capacity)
+            raise SessionError(f"decode: got position {at}, expected 0 to {self.capacity - 1}, the cache's capacity")
+        rows = len(tokens)
+        if rows not in self._decodes:
+            self._decodes[rows] = self._bind(0, rows, self._logits[:rows])
+        return self._decodes[rows].run(np.array(tokens, np.int64)[:, None], pasts)
+
+    def run(self, ids: ArrayLike, past: int = 0, rows: ArrayLike | None = None, slot: int = 0) -> NDArray[np.float32]:
+        """Run a chunk of tokens of one sequence after the `past` tokens already in its slot.
 
         Args:
             ids: token ids `[T]`, T >= 1; they take positions past..past+T-1.
-            past: number of tokens in the cache that count.
+            past: number of tokens in the slot that count.
             rows: which of the T positions to return logits for, `[R]`, R >= 1; None for all of them.
+            slot: where the sequence is.
 
         Returns:
             Logits `[R, V]`: a view that the next call overwrites.
@@ -141,70 +172,71 @@ class DecoderSession:
             raise SessionError(f"run: got {got}, expected at least 1 and at most {self.capacity} in all")
         if wanted.size < 1 or wanted.min() < 0 or wanted.max() >= tokens.size:
             raise SessionError(f"run: rows: got {wanted.tolist()}, expected positions 0 to {tokens.size - 1}")
-        if tokens.size == wanted.size == 1:
-            return self._decode.run(int(tokens[0]), past)
-        if self._chunk is None:
-            self._chunk = self._decode.sibling(tokens.size, wanted.size)
-        self._chunk.resize(tokens.size, wanted.size)
-        return self._chunk.run(tokens, past, wanted)
+        if not 0 <= slot < self.slots:
+            raise SessionError(f"run: slot: got {slot}, expected 0 to {self.slots - 1}")
+        if slot not in self._chunks:
+            self._chunks[slot] = self._bind(slot, 1, np.empty((1, self.vocabulary), np.float32))
+        return self._chunks[slot].run(tokens[None], [past], wanted)
+
+    def free(self, slot: int) -> None:
+        """Give a slot's memory back to the system, where it allows, and make its cache read as zeros."""
+        self.cache.free(slot)
+
+    def _bind(self, first: int, rows: int, logits: NDArray[np.float32]) -> _Binding:
+        return _Binding(self._session, self._signature.small, self.cache.view(first, rows), logits)
 
 
 class _Binding:
-    """An IOBinding with its small inputs and logits; the cache stays bound while the lengths change."""
+    """An IOBinding of B slots with its small inputs and logits; the cache stays bound while the lengths change."""
 
     def __init__(
-        self, session: Any, signature: _Signature, cache: Mapping[str, Any], *, tokens: int, rows: int
+        self, session: Any, small: Sequence[str], cache: Mapping[str, NDArray[np.float32]], logits: NDArray[np.float32]
     ) -> None:
-        self._session, self._signature, self._cache = session, signature, cache
+        self._session, self._small = session, small
         self._binding = session.io_binding()
-        for name, buffer in cache.items():
+        for name, array in cache.items():
+            buffer = _on_cpu(array)
             self._binding.bind_ortvalue_input(f"past.{name}", buffer)
             self._binding.bind_ortvalue_output(f"present.{name}", buffer)
-        self._lengths = np.zeros(1, np.int32)  # seqlens_k [B]
+        batch = len(logits)
+        self._lengths = np.zeros(batch, np.int32)  # seqlens_k [B]
         self._total = np.ones(1, np.int32)
         self._bind("seqlens_k", self._lengths)
         self._bind("total_sequence_length", self._total)
-        self._tokens = self._rows = 0
-        self.resize(tokens, rows)
+        self._bind_ids((batch, 1))
+        self._bind_rows(logits)
 
-    def sibling(self, tokens: int, rows: int) -> _Binding:
-        """Return a second binding on the same session and cache."""
-        return _Binding(self._session, self._signature, self._cache, tokens=tokens, rows=rows)
-
-    def resize(self, tokens: int, rows: int) -> None:
-        """Rebind what depends on the number of tokens [1, T] and of rows [R]."""
-        if tokens != self._tokens:
-            self._ids = np.zeros((1, tokens), np.int64)
-            self._bind("input_ids", self._ids)
-        if rows != self._rows:
-            self._positions = np.zeros(rows, np.int64)
-            self._logits = np.empty((rows, self._signature.vocabulary), np.float32)
-            self._bind("logits_positions", self._positions)
-            self._binding.bind_ortvalue_output("logits", _on_cpu(self._logits))
-        self._tokens, self._rows = tokens, rows
-
-    def run(self, ids: int | NDArray[np.int64], past: int, rows: NDArray[Any] | None = None) -> NDArray[np.float32]:
-        self._ids[0] = ids
+    def run(
+        self, ids: NDArray[np.int64], pasts: Sequence[int], rows: NDArray[Any] | None = None
+    ) -> NDArray[np.float32]:
+        """Run token ids [B, T] after `pasts` [B]; return the logits [R, V] of flat positions `rows`, or of all B."""
+        tokens = ids.shape[1]
+        if ids.shape != self._ids.shape:
+            self._bind_ids(ids.shape)
         if rows is not None:
+            if len(rows) != len(self._logits):
+                self._bind_rows(np.empty((len(rows), self._logits.shape[1]), np.float32))
             self._positions[:] = rows
-        self._lengths[0] = past + self._tokens - 1
-        self._total[0] = past + self._tokens
+        self._ids[:] = ids
+        self._lengths[:] = pasts
+        self._lengths += tokens - 1
+        self._total[0] = max(pasts) + tokens
         self._session.run_with_iobinding(self._binding)
         return self._logits
 
+    def _bind_ids(self, shape: tuple[int, ...]) -> None:
+        self._ids = np.zeros(shape, np.int64)
+        self._bind("input_ids", self._ids)
+
+    def _bind_rows(self, logits: NDArray[np.float32]) -> None:
+        self._logits = logits
+        self._positions = np.arange(len(logits))
+        self._bind("logits_positions", self._positions)
+        self._binding.bind_ortvalue_output("logits", _on_cpu(logits))
+
     def _bind(self, name: str, array: NDArray[Any]) -> None:
-        if name in self._signature.small:
+        if name in self._small:
             self._binding.bind_ortvalue_input(name, _on_cpu(array))
-
-
-def _reserve_cache(signature: _Signature, capacity: int) -> dict[str, Any]:
-    """Return one buffer [1, K, capacity, E] per layer and side; untouched pages of large ones take no memory."""
-    shapes = {name: (1, heads, capacity, width) for name, (heads, width) in signature.cache.items()}
-    try:
-        return {name: _on_cpu(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
-    except MemoryError:
-        size = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * 4 >> 20
-        raise SessionError(f"capacity: {capacity} tokens need {size} MiB of cache; ask for a smaller context") from None
 
 
 def _on_cpu(array: NDArray[Any]) -> Any:
@@ -235,7 +267,8 @@ def _decoder_signature(path: Path, session: Any) -> _Signature:
     if not all(isinstance(size, int) for size in (vocabulary, *(size for sizes in cache.values() for size in sizes))):
         got = [*cache["0.key"], vocabulary]
         raise SessionError(f"{path}: got heads, head width, vocabulary {got}, expected fixed sizes; export it again")
-    return _Signature(tuple(others), cache, vocabulary)
+    takes_batches = not isinstance(past["past.0.key"].shape[0], int)  # one row has its 1 written out, any number a name
+    return _Signature(tuple(others), cache, vocabulary, takes_batches)
 
 
 class EncoderSession:

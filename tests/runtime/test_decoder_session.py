@@ -77,6 +77,32 @@ def test_the_cache_holds_exactly_its_capacity(session: DecoderSession) -> None:
     np.testing.assert_allclose(session.step(int(ids[-1]), CAPACITY - 1), whole[-1], atol=TOLERANCE, rtol=0)
 
 
+def test_rows_of_different_lengths_share_a_run_and_a_prompt_is_read_beside_them(decoder_folder: Path) -> None:
+    several = DecoderSession(decoder_folder / "model.onnx", capacity=CAPACITY, threads=1, slots=3)
+    ids = tokens(several, 40).reshape(2, 20)
+    want = [several.run(row, slot=0).copy() for row in ids]
+    several.free(0)
+    lengths = (4, 0, 15)
+    several.run(ids[0, :4], slot=0)
+    several.run(ids[1, :15], slot=2)
+    for more in range(3):  # slot 1 runs as a dummy row
+        last = [int(ids[0, 4 + more]), 0, int(ids[1, 15 + more])]
+        logits = several.decode(last, [lengths[0] + more, 0, lengths[2] + more])
+        np.testing.assert_allclose(logits[0], want[0][4 + more], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(logits[2], want[1][15 + more], atol=TOLERANCE, rtol=0)
+    assert np.array_equal(several.run(ids[0], slot=1), want[0])
+
+
+def test_slots_and_rows_out_of_range_are_refused(decoder_folder: Path) -> None:
+    two = DecoderSession(decoder_folder / "model.onnx", capacity=8, threads=1, slots=2)
+    with pytest.raises(SessionError, match="slot: got 2, expected 0 to 1"):
+        two.run([1, 2], slot=2)
+    with pytest.raises(SessionError, match="got 3 tokens and 3 positions, expected 1 to 2 of both"):
+        two.decode([1, 2, 3], [0, 0, 0])
+    with pytest.raises(SessionError, match="got position 8, expected 0 to 7"):
+        two.decode([1, 2], [0, 8])
+
+
 def test_a_step_returns_the_bound_buffer_itself(session: DecoderSession) -> None:
     assert np.shares_memory(session.step(1, 0), session.step(2, 1))
 

@@ -1,0 +1,112 @@
+"""Who owns the memory of keys and values: one buffer per layer and side, a slot of it for each sequence.
+
+Buffers are reserved, not taken: pages of memory come as tokens are written, and a freed slot gives its pages back and
+reads as zeros again. So the number of slots and the longest sequence cost address space alone, and a budget can count
+tokens. Elsewhere than on Linux buffers are plain zeros, and a freed slot keeps its pages.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import SessionError
+
+_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python names it from 3.13 on
+
+
+class Memory(Protocol):
+    """Bytes that read as zeros until they are written."""
+
+    floats: NDArray[np.float32]
+
+    def clear(self, start: int, stop: int) -> None:
+        """Make the floats from `start` to `stop` zeros again."""
+
+
+class MappedMemory:
+    """Reserved address space of Linux. What is cleared in whole pages goes back to the system."""
+
+    def __init__(self, floats: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._map = mmap.mmap(-1, 4 * floats, flags=flags)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # 2 MiB for the first token of every head would break the budget
+        self.floats: NDArray[np.float32] = np.frombuffer(self._map, np.float32)
+
+    def clear(self, start: int, stop: int) -> None:
+        """Give the pages of these floats back; they begin and end with a page."""
+        self._map.madvise(mmap.MADV_DONTNEED, 4 * start, 4 * (stop - start))
+
+
+class PlainMemory:
+    """Zeros of numpy, for systems without the above."""
+
+    def __init__(self, floats: int) -> None:
+        self.floats: NDArray[np.float32] = np.zeros(floats, np.float32)
+
+    def clear(self, start: int, stop: int) -> None:
+        """Write zeros."""
+        self.floats[start:stop] = 0
+
+
+class KVBuffers:
+    """The keys and values of all slots: `[slots, K, capacity, E]` float32 for each layer and side.
+
+    Attributes:
+        slots: how many sequences there is room for.
+        capacity: positions of a slot: those asked for, rounded up so that every head's begin with a page.
+        granule: tokens that fill whole pages in every head: memory comes in so many of them.
+        token_bytes: memory of one token of one sequence, all layers and sides together.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        slots: int,
+        capacity: int,
+        memory: Callable[[int], Memory] = MappedMemory if sys.platform == "linux" else PlainMemory,
+    ) -> None:
+        """Reserve the buffers.
+
+        Args:
+            shapes: name of a layer's side -> its heads K and their width E.
+            slots: how many sequences.
+            capacity: most tokens of one sequence.
+            memory: makes zeros, given the number of floats.
+
+        Raises:
+            SessionError: the system has no room for them.
+        """
+        floats = {name: heads * width for name, (heads, width) in shapes.items()}
+        self.slots = slots
+        self.granule = math.lcm(*(mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, 4 * width) for _, width in shapes.values()))
+        self.capacity = -(-capacity // self.granule) * self.granule
+        self.token_bytes = 4 * sum(floats.values())
+        try:
+            self._memory = {name: memory(slots * self.capacity * each) for name, each in floats.items()}
+        except (MemoryError, OSError, OverflowError):
+            needed = slots * self.capacity * self.token_bytes >> 20
+            asked = f"{slots} x {capacity} tokens" if slots > 1 else f"{capacity} tokens"
+            raise SessionError(f"capacity: {asked} need {needed} MiB of cache; ask for a smaller context") from None
+        self._arrays = {
+            name: self._memory[name].floats.reshape(slots, heads, self.capacity, width)
+            for name, (heads, width) in shapes.items()
+        }
+
+    def view(self, first: int, count: int) -> dict[str, NDArray[np.float32]]:
+        """Return `[count, K, capacity, E]` of each layer's sides: slots `first` and after, not copied."""
+        return {name: array[first : first + count] for name, array in self._arrays.items()}
+
+    def free(self, slot: int) -> None:
+        """Give a slot's memory back; it reads as zeros until it is written again."""
+        for name, memory in self._memory.items():
+            size = self._arrays[name][0].size
+            memory.clear(slot * size, (slot + 1) * size)

@@ -28,7 +28,7 @@ from typing import Final, TextIO
 
 from runtime.artifact import verify
 from runtime.errors import PromptError, ServingError
-from runtime.generation import prefill_chunks
+from runtime.pace import prefill_chunks
 from runtime.sampler import GREEDY, sample
 from runtime.session import DecoderSession, EncoderSession, pad_id
 

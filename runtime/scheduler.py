@@ -1,0 +1,193 @@
+"""Which requests run next, and where: integers only, no tensors, so that integers can test it.
+
+A step is either one chunk of one prompt or one token for all that are past theirs. The two alternate while there is
+work for both: a stream waits for one chunk at most before its next token, and a prompt for one token.
+
+Tokens are decoded for the slots 0 to n - 1 at once, n - 1 being the highest that is past its prompt. A slot below that
+holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a free
+slot takes it at position 0, and a slot whose prompt is being read right after what was read of it; in both, what comes
+there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.errors import PromptError
+from runtime.pace import MOST_TOKENS, next_chunk
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Run tokens `past` to `past + tokens - 1` of a request's prompt.
+
+    Attributes:
+        request: whose prompt.
+        slot: where its cache is.
+        past: how many of its tokens the cache holds already.
+        tokens: how many to run, and never one unless it is the whole prompt.
+        is_last: whether the prompt ends with them, so that the first new token can be chosen.
+    """
+
+    request: int
+    slot: int
+    past: int
+    tokens: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slot in a decode.
+
+    Attributes:
+        request: whose token; None for a dummy row.
+        past: how many tokens its cache holds, and so the position of the one that runs.
+    """
+
+    request: int | None
+    past: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Run one token in each of the slots 0 to n - 1; the last row is a live one."""
+
+    rows: tuple[Row, ...]
+
+
+Step = Prefill | Decode
+
+
+@dataclass(eq=False)
+class _Place:
+    """A request in its slot: `past` of its tokens are in the cache, `prompt` of all are the prompt's."""
+
+    request: int
+    prompt: int
+    reserved: int
+    past: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that were not read yet."""
+        return max(self.prompt - self.past, 0)
+
+
+class Scheduler:
+    """Queue, slots and what they have reserved of the cache.
+
+    A request is admitted into the lowest free slot once all tokens that it may ever need fit beside those of the
+    others; so nobody is turned out later. Who came first is admitted first, and who does not fit yet makes all others
+    wait.
+    """
+
+    def __init__(self, *, slots: int, budget: int, granule: int, chunk: Callable[[int], int]) -> None:
+        """Begin with nothing to do.
+
+        Args:
+            slots: how many sequences run at once.
+            budget: tokens that all of them together may reserve.
+            granule: tokens that memory comes in; reservations are rounded up to it.
+            chunk: most tokens of a prompt to run after so many while others wait for it: even, and at least 4.
+        """
+        self._budget, self._granule, self._chunk = budget, granule, chunk
+        self._queue: deque[_Place] = deque()
+        self._slots: list[_Place | None] = [None] * slots
+        self._reading: list[_Place] = []  # prompts, in the order of admission
+        self._decoded_last = True
+        self._favours_oldest = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.waiting > 0 or any(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were not admitted yet."""
+        return len(self._queue)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens that the admitted requests may come to need."""
+        return sum(place.reserved for place in self._slots if place)
+
+    def add(self, request: int, prompt: int, new: int) -> None:
+        """Queue a request.
+
+        Args:
+            request: a number of the caller's, used by no other request that waits or runs.
+            prompt: tokens of its prompt, at least 1.
+            new: most tokens to generate, at least 1.
+
+        Raises:
+            PromptError: it could not be admitted even alone.
+        """
+        reserved = -(-(prompt + new) // self._granule) * self._granule
+        if reserved > self._budget:
+            needed = f"{prompt} + {new} tokens of prompt and answer need {reserved} of cache"
+            raise PromptError(
+                f"request: {needed}, expected at most {self._budget}; shorten it, lower max_tokens or raise kv_memory"
+            )
+        self._queue.append(_Place(request, prompt, reserved))
+
+    def remove(self, request: int) -> int | None:
+        """Forget a request, finished or not, waiting or running; return the slot it held, if any, which is free now."""
+        for slot, place in enumerate(self._slots):
+            if place and place.request == request:
+                self._slots[slot] = None
+                if place in self._reading:
+                    self._reading.remove(place)
+                return slot
+        self._queue = deque(place for place in self._queue if place.request != request)
+        return None
+
+    def schedule(self) -> Step | None:
+        """Admit whom there is room for; return what to run next, None when there is nothing."""
+        self._admit()
+        decoding = [slot for slot, place in enumerate(self._slots) if place and not place.left]
+        if self._reading and (self._decoded_last or not decoding):
+            return self._prefill(is_awaited=bool(decoding))
+        if decoding:
+            return Decode(tuple(map(_row, self._slots[: decoding[-1] + 1])))
+        return None
+
+    def ran(self, step: Step) -> None:
+        """Note that what `schedule` returned has been run."""
+        self._decoded_last = isinstance(step, Decode)
+        if isinstance(step, Decode):
+            for row, place in zip(step.rows, self._slots, strict=False):
+                if place and row.request is not None:
+                    place.past += 1
+            return
+        place = self._slots[step.slot]
+        assert place is not None
+        place.past += step.tokens
+        self._favours_oldest = not self._favours_oldest
+        if step.is_last:
+            self._reading.remove(place)
+
+    def _admit(self) -> None:
+        while self._queue and None in self._slots and self.reserved + self._queue[0].reserved <= self._budget:
+            place = self._queue.popleft()
+            self._slots[self._slots.index(None)] = place
+            self._reading.append(place)
+
+    def _prefill(self, is_awaited: bool) -> Prefill:
+        """Return the next chunk: by turns of the prompt with the fewest tokens left and of the oldest.
+
+        So a short prompt need not wait for a long one, and the long one goes on all the same.
+        """
+        place = self._reading[0] if self._favours_oldest else min(self._reading, key=lambda each: each.left)
+        most = self._chunk(place.past) if is_awaited else MOST_TOKENS
+        tokens = next_chunk(place.left, most)
+        return Prefill(place.request, self._slots.index(place), place.past, tokens, is_last=tokens == place.left)
+
+
+def _row(place: _Place | None) -> Row:
+    if place is None:
+        return Row(None, 0)
+    return Row(None if place.left else place.request, place.past)

@@ -1,0 +1,248 @@
+"""Who runs next: the scheduler against a cache of integers, and by example."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from runtime.errors import PromptError
+from runtime.scheduler import Decode, Prefill, Row, Scheduler, Step
+
+GARBAGE = -1  # what a dummy row writes
+CHUNK = 4
+
+
+def scheduler(slots: int = 4, budget: int = 1000, granule: int = 1) -> Scheduler:
+    return Scheduler(slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK)
+
+
+def run(subject: Scheduler) -> Step:
+    step = subject.schedule()
+    assert step is not None
+    subject.ran(step)
+    return step
+
+
+def test_a_prompt_is_read_in_chunks_and_then_decoded() -> None:
+    subject = scheduler()
+    subject.add(7, prompt=300, new=3)
+    assert [run(subject) for _ in range(4)] == [
+        Prefill(7, slot=0, past=0, tokens=128, is_last=False),
+        Prefill(7, slot=0, past=128, tokens=128, is_last=False),
+        Prefill(7, slot=0, past=256, tokens=44, is_last=True),
+        Decode((Row(7, 300),)),
+    ]
+
+
+def test_while_others_decode_chunks_are_small_and_alternate_with_them() -> None:
+    subject = scheduler()
+    subject.add(0, prompt=2, new=50)
+    run(subject)
+    subject.add(1, prompt=9, new=50)
+    assert [run(subject) for _ in range(6)] == [
+        Decode((Row(0, 2),)),
+        Prefill(1, slot=1, past=0, tokens=4, is_last=False),
+        Decode((Row(0, 3),)),
+        Prefill(1, slot=1, past=4, tokens=2, is_last=False),  # not 4: one token would be left
+        Decode((Row(0, 4),)),
+        Prefill(1, slot=1, past=6, tokens=3, is_last=True),
+    ]
+
+
+def test_a_hole_writes_at_its_beginning_and_a_prompt_being_read_right_after_what_was_read() -> None:
+    subject = scheduler()
+    for request in range(3):
+        subject.add(request, prompt=1, new=50)
+    for _ in range(5):
+        run(subject)
+    assert run(subject) == Decode((Row(0, 3), Row(1, 2), Row(2, 1)))
+    assert subject.remove(0) == 0
+    assert run(subject) == Decode((Row(None, 0), Row(1, 3), Row(2, 2)))
+    subject.add(3, prompt=9, new=5)
+    run(subject)
+    assert run(subject) == Decode((Row(None, 4), Row(1, 4), Row(2, 3)))
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one_nor_the_long_one_for_many_short() -> None:
+    subject = scheduler(slots=8)
+    subject.add(0, prompt=600, new=1)
+    run(subject)
+    for request in range(1, 8):
+        subject.add(request, prompt=2, new=1)
+    read = []
+    while len(read) < 8:
+        step = run(subject)
+        if isinstance(step, Prefill):
+            read.append(step.request)
+    assert read == [0, 1, 0, 2, 0, 3, 0, 4]
+
+
+def test_admission_is_in_order_and_by_what_is_reserved() -> None:
+    subject = scheduler(budget=100, granule=10)
+    subject.add(0, prompt=21, new=10)  # 40 with what rounding adds
+    subject.add(1, prompt=60, new=10)
+    subject.add(2, prompt=1, new=1)
+    run(subject)
+    assert subject.reserved == 40  # 1 does not fit, and 2, which would, does not overtake it
+    assert subject.remove(0) == 0
+    run(subject)
+    assert subject.reserved == 80
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(PromptError, match=r"95 \+ 10 tokens .* need 110 of cache, expected at most 100; shorten"):
+        scheduler(budget=100, granule=10).add(0, prompt=95, new=10)
+
+
+def test_a_late_request_joins_in_the_next_step_that_reads_a_prompt() -> None:
+    subject = scheduler()
+    for request in range(3):
+        subject.add(request, prompt=2, new=50)
+    for _ in range(9):
+        run(subject)
+    subject.add(3, prompt=2, new=50)
+    steps = [run(subject), run(subject), run(subject)]
+    first = next(at for at, step in enumerate(steps) if isinstance(step, Prefill) and step.request == 3)
+    assert first <= 1
+    joined = steps[first + 1]
+    assert isinstance(joined, Decode) and [row.request for row in joined.rows] == [0, 1, 2, 3]
+
+
+def test_a_request_that_waits_can_be_removed() -> None:
+    subject = scheduler(slots=1)
+    subject.add(0, prompt=2, new=2)
+    subject.add(1, prompt=2, new=2)
+    run(subject)
+    assert subject.remove(1) is None and subject.remove(0) == 0
+    assert not subject.has_work and subject.schedule() is None
+
+
+class Serving(RuleBasedStateMachine):
+    """A scheduler beside a cache whose cells hold the number of the request that wrote them."""
+
+    @initialize(slots=st.integers(1, 5), budget=st.integers(40, 150), granule=st.sampled_from([1, 8]))
+    def begin(self, slots: int, budget: int, granule: int) -> None:
+        self.subject = scheduler(slots, budget, granule)
+        self.budget, self.granule = budget, granule
+        self.cells: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.asked: dict[int, tuple[int, int]] = {}  # request -> prompt, new: those not ended yet
+        self.made: dict[int, int] = {}  # request -> tokens generated
+        self.place: dict[int, int] = {}  # request -> its slot, from its first chunk on
+        self.count = 0
+        self.waited: dict[int, int] = {}  # request -> steps since it last ran, once admitted
+
+    @rule(prompt=st.integers(1, 30), new=st.integers(1, 12))
+    def add(self, prompt: int, new: int) -> None:
+        try:
+            self.subject.add(self.count, prompt, new)
+        except PromptError:
+            assert -(-(prompt + new) // self.granule) * self.granule > self.budget
+        else:
+            self.asked[self.count] = (prompt, new)
+            self.count += 1
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.asked))))
+
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        for request in self.advance():
+            if data.draw(st.integers(0, 9)) == 0:  # a stop string, an EOS id
+                self.end(request)
+
+    def advance(self) -> list[int]:
+        """Run a step on the cells; return the requests that got a token and go on."""
+        step = self.subject.schedule()
+        assert (step is not None) == self.subject.has_work == bool(self.asked)
+        if step is None:
+            return []
+        self.require_fair_admission()
+        got = self.read(step) if isinstance(step, Prefill) else self.decode(step)
+        self.subject.ran(step)
+        for request in got:
+            self.made[request] += 1
+            if self.made[request] == self.asked[request][1]:
+                self.end(request)
+        return [request for request in got if request in self.asked]
+
+    def read(self, step: Prefill) -> list[int]:
+        prompt, _ = self.asked[step.request]
+        if step.request not in self.place:
+            assert step.past == 0
+            self.place[step.request] = step.slot
+            assert list(self.place.values()).count(step.slot) == 1
+        assert self.place[step.request] == step.slot
+        assert step.tokens > 1 or prompt == 1
+        self.require_own(step.slot, step.request, step.past)
+        self.cells[step.slot] |= dict.fromkeys(range(step.past, step.past + step.tokens), step.request)
+        assert step.is_last == (step.past + step.tokens == prompt)
+        self.count_waits({step.request})
+        if not step.is_last:
+            return []
+        self.made[step.request] = 0
+        return [step.request]
+
+    def decode(self, step: Decode) -> list[int]:
+        live = {row.request for row in step.rows if row.request is not None}
+        assert live == set(self.made)  # all that are past their prompt, and nobody else
+        assert step.rows[-1].request is not None
+        for slot, row in enumerate(step.rows):
+            if row.request is not None:
+                assert self.place[row.request] == slot
+                prompt, _ = self.asked[row.request]
+                assert row.past == prompt + self.made[row.request] - 1
+                self.require_own(slot, row.request, row.past)
+            self.cells[slot][row.past] = GARBAGE if row.request is None else row.request
+        self.count_waits(live)
+        return sorted(live)
+
+    def require_own(self, slot: int, request: int, past: int) -> None:
+        """All that a row reads was written for it: no dummy row's token, no earlier request's."""
+        assert [self.cells[slot].get(at) for at in range(past)] == [request] * past
+
+    def require_fair_admission(self) -> None:
+        """Who came first is in, all who fit, and nobody else."""
+        waiting = sorted(self.asked)[len(self.asked) - self.subject.waiting :]
+        self.admitted = sorted(set(self.asked) - set(waiting))
+        assert set(self.place) <= set(self.admitted)
+        assert self.subject.reserved == sum(map(self.rounded, self.admitted)) <= self.budget
+        if waiting and len(self.admitted) < len(self.cells):
+            assert self.subject.reserved + self.rounded(waiting[0]) > self.budget
+
+    def rounded(self, request: int) -> int:
+        return -(-sum(self.asked[request]) // self.granule) * self.granule
+
+    def count_waits(self, ran: set[int]) -> None:
+        """A stream waits for one chunk; the oldest prompt for one other's, with a decode before each."""
+        for request in set(self.made) - ran:
+            self.waited[request] = self.waited.get(request, 0) + 1
+            assert self.waited[request] <= 1
+        oldest = next((request for request in self.admitted if request not in self.made), None)
+        if oldest is not None and oldest not in ran:
+            self.waited[oldest] = self.waited.get(oldest, 0) + 1
+            assert self.waited[oldest] <= 3
+        for request in ran:
+            self.waited[request] = 0
+
+    def end(self, request: int) -> None:
+        slot = self.subject.remove(request)
+        assert slot == self.place.pop(request, slot)
+        self.asked.pop(request)
+        self.made.pop(request, None)
+        if slot is not None:
+            self.cells[slot].clear()
+
+    def teardown(self) -> None:
+        """Every request ends, and leaves nothing behind."""
+        left = sum(2 * prompt + new for prompt, new in self.asked.values()) + 1
+        for _ in range(left):
+            self.advance()
+        assert not self.asked and not self.subject.has_work and self.subject.reserved == 0
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -18,8 +18,10 @@ from runtime.errors import ArtifactError, DigestError, PromptError, SamplingErro
 
 if TYPE_CHECKING:
     from runtime.embedding import TextEmbedder
-    from runtime.generation import Completion, TextGenerator, TextStream
+    from runtime.engine import Engine, Ticket
+    from runtime.generation import TextGenerator, TextStream
     from runtime.prediction import Prediction, TextClassifier
+    from runtime.request import Completion
     from runtime.reranking import Ranked, TextReranker
     from runtime.sampler import SamplingParams
     from runtime.session import DecoderSession, EncoderSession
@@ -31,6 +33,7 @@ __all__ = [
     "DecoderSession",
     "DigestError",
     "EncoderSession",
+    "Engine",
     "Manifest",
     "Prediction",
     "PromptError",
@@ -44,13 +47,16 @@ __all__ = [
     "TextGenerator",
     "TextReranker",
     "TextStream",
+    "Ticket",
     "Tokenizer",
     "load",
     "verify",
 ]
 
 _LATE = {
-    "Completion": "generation",
+    "Completion": "request",
+    "Engine": "engine",
+    "Ticket": "engine",
     "TextGenerator": "generation",
     "TextStream": "generation",
     "TextEmbedder": "embedding",

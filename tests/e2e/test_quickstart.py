@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from optimizer.schema import run_schema
+from runtime import Engine, SamplingParams, TextGenerator
 
 from .conftest import Finished, digest_in
 from .projects import ROOT, call, optimize
@@ -51,6 +52,17 @@ def test_artifact_writes_python(quickstart: Finished) -> None:
     done = call(optimize("generate", quickstart.project.output, "--prompt", prompt, "--max-tokens", 48))
     assert done.returncode == 0
     assert re.search(r"\n {8}self\.\w+ = \w+", done.stdout)  # an assignment in the body of the method
+
+
+def test_many_requests_at_once_get_the_answers_they_get_alone(quickstart: Finished) -> None:
+    engine = Engine.load(quickstart.project.output, slots=3, threads=1)
+    generator = TextGenerator.load(quickstart.project.output, threads=1)
+    prompts = ["class Reader:\n", "def main():", "import os\nimport sys\n" * 8, "x", "from pathlib import Path\n"]
+    for sampling in (SamplingParams(), SamplingParams(temperature=1, top_p=0.9, seed=3)):
+        want = [generator.generate(prompt, max_tokens=24, sampling=sampling) for prompt in prompts]
+        got = engine.generate(prompts, max_tokens=24, sampling=sampling)
+        assert [one.token_ids for one in got] == [one.token_ids for one in want]
+        assert [one.text for one in got] == [one.text for one in want]
 
 
 def test_second_run_finds_everything_in_the_store(quickstart: Finished) -> None:

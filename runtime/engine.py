@@ -1,0 +1,250 @@
+"""Many requests on one decoder artifact: continuous batching in the caller's own thread.
+
+    engine = Engine.load("artifacts/stdlib-llama-int4", slots=8)
+    for piece in engine.add("def main():", max_tokens=64):      # a Ticket: read it piece by piece,
+        print(piece, end="")                                    # which lets all others go on as well
+    engine.generate(["import", "class Reader:"])                # or many at once
+
+Requests may be added and cancelled between any two steps. Each answer is that of `TextGenerator`, token by token:
+prompt positions run several at a time, generated ones alone, both as there, and a row of a batch is computed apart from
+its neighbours. Where a kernel rounds a row by how many rows there are (int4 in blocks of 64 and more: the last of an
+odd number, by 1e-7), two tokens that are as likely to 1e-7 may change places; nothing here proves that no kernel does.
+
+An engine is not thread-safe: whoever drives it calls everything else between steps.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Final, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.artifact import Manifest, verify
+from runtime.errors import PromptError, ServingError
+from runtime.generation import open_decoder
+from runtime.pace import Pace
+from runtime.request import Answer, Completion, Options, Prompt, RequestReader
+from runtime.scheduler import Decode, Prefill, Scheduler, Step
+from runtime.session import DecoderSession
+from runtime.tokenizer import Tokenizer
+
+SLOTS: Final = 8
+MAX_STALL_MS: Final = 60.0
+
+
+class Engine:
+    """A loaded decoder artifact that answers several requests at a time."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: DecoderSession,
+        tokenizer: Tokenizer,
+        *,
+        kv_memory: int | None = None,
+        max_stall_ms: float = MAX_STALL_MS,
+    ) -> None:
+        """Put an engine on a session, which is its alone from then on; arguments as for `load`."""
+        if not max_stall_ms > 0:
+            raise PromptError(f"max_stall_ms: got {max_stall_ms}, expected more than 0 milliseconds")
+        cache = session.cache
+        budget = cache.slots * cache.capacity if kv_memory is None else kv_memory // cache.token_bytes
+        if budget < cache.granule:
+            least = cache.granule * cache.token_bytes
+            raise PromptError(f"kv_memory: got {kv_memory} bytes, expected at least {least}, the least that is taken")
+        self.session = session
+        self._tokenizer = tokenizer
+        self._reader = RequestReader(manifest, tokenizer, session.vocabulary, session.capacity)
+        self._pace = Pace(max_stall_ms)
+        self._scheduler = Scheduler(slots=session.slots, budget=budget, granule=cache.granule, chunk=self._pace.tokens)
+        self._tickets: dict[int, Ticket] = {}
+        self._added = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        slots: int | None = None,
+        kv_memory: int | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+        max_stall_ms: float = MAX_STALL_MS,
+        digest: str | None = None,
+    ) -> Engine:
+        """Verify an artifact and load it.
+
+        Args:
+            folder: the artifact.
+            slots: most requests that run at once; None takes 8, or 1 where the graph runs one sequence at a time.
+            kv_memory: most bytes of keys and values. A request is admitted when its prompt and `max_tokens` fit beside
+                those of the others, and waits until then. None takes all that the slots can hold.
+            context: most tokens of one prompt and its answer; None takes all that the model can.
+            threads: threads per operator; None takes what this process was given.
+            max_stall_ms: how long a chunk of one prompt may keep the other answers from their next token.
+            digest: the identity to insist on.
+
+        Raises:
+            ServingError: one line that says what is wrong.
+        """
+        manifest = verify(folder, digest)
+        count = _default_slots(manifest) if slots is None else slots
+        session = open_decoder(folder, manifest, threads, context, count)
+        return cls(manifest, session, Tokenizer.load(folder), kv_memory=kv_memory, max_stall_ms=max_stall_ms)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return self._scheduler.has_work
+
+    def add(self, prompt: Prompt, **options: Unpack[Options]) -> Ticket:
+        """Queue a request; it joins the others in the next step if there is a free slot and memory for it.
+
+        Args:
+            prompt: a text to continue, messages `{"role": ..., "content": ...}` for the chat template, or token ids.
+            options: `max_tokens` (128), `stop` (strings that end the answer), `sampling` (greedy), `ignore_eos`.
+
+        Raises:
+            PromptError: when the prompt is empty, leaves no room in the context, needs more memory than there is, or an
+                argument is out of range.
+        """
+        request = self._reader.read(prompt, **options)
+        number = self._added
+        self._scheduler.add(number, len(request.ids), request.max_tokens)
+        self._added += 1
+        ticket = Ticket(self, number, Answer(request, self._tokenizer, self.session.vocabulary))
+        self._tickets[number] = ticket
+        return ticket
+
+    def generate(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Completion]:
+        """Answer all prompts with the same options, as for `add`; requests added before go on beside them.
+
+        Raises:
+            PromptError: as `add`; no prompt is answered then.
+        """
+        tickets: list[Ticket] = []
+        try:
+            for prompt in prompts:
+                tickets.append(self.add(prompt, **options))
+            while not all(ticket.is_finished for ticket in tickets):
+                self.step()
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        return [ticket.completion for ticket in tickets]
+
+    def step(self) -> list[Ticket]:
+        """Run a chunk of one prompt, or one token of every answer; return the tickets that got a token or ended."""
+        step = self._scheduler.schedule()
+        if step is None:
+            assert not self._tickets
+            return []
+        return self._finish(step, self._run(step))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request wherever it is and free its slot; one that is finished stays as it is."""
+        if not ticket.is_finished:
+            ticket.fail(ServingError(f"ticket: request {ticket.number} was cancelled; add it again"))
+            self._release(ticket)
+
+    def _release(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.number]
+        slot = self._scheduler.remove(ticket.number)
+        if slot is not None:
+            self.session.free(slot)
+
+    def _run(self, step: Step) -> NDArray[np.float32]:
+        """Return the logits of the step's last position, or of its rows."""
+        if isinstance(step, Decode):
+            last = [0 if row.request is None else self._tickets[row.request].answer.ids[-1] for row in step.rows]
+            return self.session.decode(last, [row.past for row in step.rows])
+        ids = self._tickets[step.request].answer.request.ids[step.past : step.past + step.tokens]
+        begin = time.perf_counter()
+        logits = self.session.run(ids, step.past, rows=[step.tokens - 1], slot=step.slot)
+        self._pace.measured(step.tokens, step.past, time.perf_counter() - begin)
+        return logits
+
+    def _finish(self, step: Step, logits: NDArray[np.float32]) -> list[Ticket]:
+        """Choose the tokens that the step was for, and part with the requests that end with them."""
+        self._scheduler.ran(step)
+        if isinstance(step, Prefill):
+            wanted = [(step.request, logits[0])] if step.is_last else []
+        else:
+            wanted = [(row.request, logits[at]) for at, row in enumerate(step.rows) if row.request is not None]
+        tickets = [self._tickets[request] for request, _ in wanted]
+        for ticket, (_, row) in zip(tickets, wanted, strict=True):
+            ticket.take(row)
+            if ticket.is_finished:
+                self._release(ticket)
+        return tickets
+
+
+class Ticket(Iterator[str]):
+    """An answer in the making: iterate over its pieces, which drives the engine, then ask for `completion`.
+
+    Attributes:
+        number: of the request, counted from 0.
+        answer: its tokens so far, and why it ended.
+    """
+
+    def __init__(self, engine: Engine, number: int, answer: Answer) -> None:
+        self.number = number
+        self.answer = answer
+        self._engine = engine
+        self._pieces: deque[str] = deque()
+        self._error: ServingError | None = None
+
+    def __next__(self) -> str:
+        while not self._pieces and not self.is_finished:
+            self._engine.step()
+        if self._pieces:
+            return self._pieces.popleft()
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.answer.finish_reason is not None or self._error is not None
+
+    @property
+    def completion(self) -> Completion:
+        """The whole answer, whether or not its pieces were read.
+
+        Raises:
+            ServingError: while it is not finished, and when it was cancelled or failed.
+        """
+        if self._error is not None:
+            raise self._error
+        if self.answer.finish_reason is None:
+            raise ServingError("ticket: the answer is not finished; read all its pieces or step the engine first")
+        return self.answer.completion()
+
+    def cancel(self) -> None:
+        """End the request, as `Engine.cancel` does."""
+        self._engine.cancel(self)
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        """Grow by the token of these logits `[V]`; a row that is no numbers ends this answer, not the others."""
+        try:
+            piece = self.answer.take(logits)
+        except ServingError as error:
+            self.fail(error)
+            return
+        if piece:
+            self._pieces.append(piece)
+
+    def fail(self, error: ServingError) -> None:
+        """End without an answer: the error is raised to whoever reads on."""
+        self._error = error
+
+
+def _default_slots(manifest: Manifest) -> int:
+    ids = next((spec for spec in manifest.inputs if spec.name == "input_ids"), None)
+    return 1 if ids is not None and isinstance(ids.shape[0], int) else SLOTS

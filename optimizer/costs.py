@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 from optimizer import journal
 from passes._safetensors import tensor_index
-from passes.base import Model, Stage
+from passes.base import TORCH, Model, Stage
 
 NAME = "measured/costs.jsonl"
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -125,8 +125,8 @@ def scoring_at(stage: Stage) -> str:
 
 
 def extent(source: Model) -> tuple[int, int]:
-    """Return the parameters and the layers of a source model."""
-    return _parameters(source.folder), _layers(source.config)
+    """Return the parameters and the layers of a source model; no parameters of an artifact, which has no headers."""
+    return _parameters(source.folder) if source.stage == TORCH else 0, _layers(source.config)
 
 
 @contextmanager
@@ -140,7 +140,8 @@ def measured(root: Path, work: Work, threads: int, *, keep: bool = True) -> Iter
         root: the store's folder.
         work: what is done.
         threads: it has.
-        keep: whether to remember it; not when a part of the work had been done before.
+        keep: whether to remember it; not when a part of the work had been done before. Never of a model whose
+            parameters are not known.
     """
     spent = Spent()
     give_back_freed_memory()
@@ -149,7 +150,7 @@ def measured(root: Path, work: Work, threads: int, *, keep: bool = True) -> Iter
     yield spent
     spent.seconds = time.perf_counter() - start
     spent.peak_bytes = _peak_bytes() if can_measure else 0
-    if keep:
+    if keep and work.parameters:
         cost = Cost(work, spent.seconds, spent.peak_bytes, threads, host(), time.strftime("%Y-%m-%d"))
         journal.append(root / NAME, asdict(cost))
 

@@ -12,14 +12,14 @@ from safetensors.numpy import save_file
 from optimizer import costs, journal
 from optimizer.costs import Work, extent, measured, recorded
 from optimizer.store import Store
-from passes.base import TORCH, Model
+from passes.base import ONNX, TORCH, Model
 
 MIB = 1 << 20
 FUSION = Work("fuse_toy", bytes=1000, parameters=500, layers=3)
 
 
 def work(what: str) -> Work:
-    return Work(what, 0, 0, 0)
+    return Work(what, 0, 1, 0)
 
 
 def test_work_is_remembered_with_its_seconds(tmp_path: Path) -> None:
@@ -46,6 +46,8 @@ def test_work_that_fails_or_was_half_done_before_is_not_remembered(tmp_path: Pat
         raise ZeroDivisionError
     with measured(tmp_path, work("b"), threads=1, keep=False):
         pass
+    with measured(tmp_path, Work("of an artifact", 1, 0, 0), threads=1):
+        pass
     assert recorded(tmp_path, 1) == []
 
 
@@ -54,6 +56,7 @@ def test_extent_of_a_model_is_read_from_its_headers(tmp_path: Path) -> None:
     for config in ({"num_hidden_layers": 6}, {"n_layer": 6}, {"text_config": {"num_hidden_layers": 6}, "n_layer": 2}):
         assert extent(Model(TORCH, tmp_path, tmp_path, config)) == (17, 6)
     assert extent(Model(TORCH, tmp_path, tmp_path, {})) == (17, 1)
+    assert extent(Model(ONNX, tmp_path, tmp_path, {"n_layer": 6})) == (0, 6)
 
 
 def test_other_machines_and_other_threads_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

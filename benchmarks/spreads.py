@@ -23,7 +23,7 @@ FORMS: Mapping[str, list[Any]] = {
     "float": ["export_onnx"],
     "int8 row": [{"quantize_int8": {}}],
     "int8": [{"quantize_rtn": {"format": "int8", "group_size": 32}}],
-    "int4 32": [{"quantize_rtn": {"format": "int4", "group_size": 32}}],
+    "int4 g32": [{"quantize_rtn": {"format": "int4", "group_size": 32}}],
     "int4": [{"quantize_rtn": {"format": "int4", "group_size": 128}}],
     "int4 channel": [{"quantize_rtn": {"format": "int4", "group_size": "channel"}}],
     "int2": [{"quantize_rtn": {"format": "int2", "group_size": 32}}],

@@ -18,7 +18,7 @@ from optimizer.exams import Exams
 from optimizer.fingerprint import fingerprint
 from optimizer.maker import Maker
 from optimizer.openings import Openings, opened
-from optimizer.plan import outline_key
+from optimizer.plan import source_name
 from optimizer.planned import Plan
 from optimizer.ranking import choosing_texts, rank
 from optimizer.recipe import Keep, Recipe, Skip, rung_text
@@ -169,7 +169,7 @@ class Chain:
     def _note(self, examined: Examined, passes: Sequence[Pass]) -> None:
         """Remember what gates found, for plans to come."""
         if examined.asked.is_scored:
-            key, kind = outline_key(self.recipe, self.maker.source), kind_of(self.maker.source.config)
+            key, kind = source_name(self.recipe, self.maker.source), kind_of(self.maker.source.config)
             for judged in examined.gates:
                 note(self.store.root, key, passes, judged, examined.items[judged.evaluation], kind)
 

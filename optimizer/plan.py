@@ -46,13 +46,13 @@ def plan(recipe: Recipe, maker: Maker, exams: Exams, *, times_layers: bool = Fal
         times_layers: warn of quantized layers that this processor is slow at, which takes seconds to find out.
     """
     source = maker.source
-    key = outline_key(recipe, source)
-    outlines = _outlines(recipe, maker, key, times_layers)
+    outlines = _outlines(recipe, maker, times_layers)
     first, *others = map(_read, outlines["steps"])
     clock = Clock(maker, exams, int(outlines["resident_bytes"]), first.parameters or 0, first.bytes or 0)
     steps = (clock.scored(first), *map(clock.passed, others, recipe.passes))
     rungs = tuple(map(_read, outlines["rungs"]))
-    gates = plan_gates(recipe, exams, kind_of(source.config), key, noted(maker.store.root), clock.seconds_of(steps))
+    name, known = source_name(recipe, source), noted(maker.store.root)
+    gates = plan_gates(recipe, exams, kind_of(source.config), name, known, clock.seconds_of(steps))
     sizes = [step.bytes or 0 for step in steps]
     made = Plan(
         name=recipe.name,
@@ -67,8 +67,9 @@ def plan(recipe: Recipe, maker: Maker, exams: Exams, *, times_layers: bool = Fal
     return replace(made, warnings=tuple(_warnings(recipe, made, maker.store.root)))
 
 
-def _outlines(recipe: Recipe, maker: Maker, key: str, times_layers: bool) -> Mapping[str, Any]:
+def _outlines(recipe: Recipe, maker: Maker, times_layers: bool) -> Mapping[str, Any]:
     """Return what every step would leave, from the store where a plan was made before."""
+    key = outline_key(maker.source)
     offered = [identity(each) for each in _offered(recipe)]
     timed, plain = (
         fingerprint(["plan", key, offered, versions(), host(), maker.threads, is_timed]) for is_timed in (True, False)
@@ -78,11 +79,16 @@ def _outlines(recipe: Recipe, maker: Maker, key: str, times_layers: bool) -> Map
     return (known or maker.store.get_or_build(chosen, lambda _: _outlined(recipe, maker, times_layers))).meta
 
 
-def outline_key(recipe: Recipe, source: Model) -> str:
-    """Return what names the source without a look at its weights: where it comes from, and its headers."""
-    where = str(recipe.model_folder.resolve()) if recipe.model_folder else recipe.model
+def outline_key(source: Model) -> str:
+    """Return what names the source without a look at its weights: configuration and headers."""
     shapes = {name: [entry.dtype, list(entry.shape)] for name, entry in sorted(tensor_index(source.folder).items())}
-    return fingerprint([where, dict(source.config), shapes])
+    return fingerprint([dict(source.config), shapes])
+
+
+def source_name(recipe: Recipe, source: Model) -> str:
+    """Return what names the source among others of its shape: where it comes from, besides."""
+    where = str(recipe.model_folder.resolve()) if recipe.model_folder else recipe.model
+    return fingerprint([where, outline_key(source)])
 
 
 def identity(rung: Rung) -> Any:

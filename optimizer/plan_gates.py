@@ -39,7 +39,7 @@ def plan_gates(
     found = []
     for name, part in exam.parts.items():
         for budget in recipe.limits(name):
-            gate = _bare(name, part, budget, exam.alpha)
+            gate = _bare(name, part, budget, exam.alpha, kind)
             told = expected(known, source_key, recipe.passes, f"{name}/{budget.judges}", budget, kind)
             gate = _forecast(gate, part, budget, kind, told)
             more = max(0, (gate.enough or 0) - gate.items)
@@ -47,9 +47,9 @@ def plan_gates(
     return tuple(found)
 
 
-def _bare(name: str, part: Part, budget: Budget, alpha: float) -> PlannedGate:
+def _bare(name: str, part: Part, budget: Budget, alpha: float, kind: str) -> PlannedGate:
     items: Sequence[Item] = part.items
-    if budget.metric in MEANS:
+    if budget.metric in MEANS and (kind == "decoder" or budget.metric != "flips"):
         count, unit = len({item.group for item in items}), "documents"
     else:
         count, unit = part.units, "items"

@@ -75,7 +75,64 @@ class Expected:
 
 _MODELS = {"classifier": "MiniLM on BANKING77", "embedder": "MiniLM", "decoder": "a Llama of 6 million parameters"}
 _SCORE = 0.9
-SHIPPED: Mapping[tuple[str, str, str], tuple[float, float]] = {}
+SHIPPED: Mapping[tuple[str, str, str], tuple[float, float]] = {
+    ("classifier", "accuracy", "float"): (0, 0),
+    ("classifier", "f1", "float"): (0, 0),
+    ("classifier", "flips", "float"): (0, 0),
+    ("classifier", "kl", "float"): (6.7e-13, 1.9e-13),
+    ("classifier", "accuracy", "int8 row"): (0.0019, 0),
+    ("classifier", "f1", "int8 row"): (0.0023, 0),
+    ("classifier", "flips", "int8 row"): (0.0023, 0.0023),
+    ("classifier", "kl", "int8 row"): (0.0016, 0.0004),
+    ("classifier", "accuracy", "int8"): (0.00032, 0.00032),
+    ("classifier", "f1", "int8"): (0.00065, 0.00032),
+    ("classifier", "flips", "int8"): (0.00065, 0.00065),
+    ("classifier", "kl", "int8"): (0.00023, 5.9e-05),
+    ("classifier", "accuracy", "int4 g32"): (0.0084, 0.0026),
+    ("classifier", "f1", "int4 g32"): (0.013, 0.0026),
+    ("classifier", "flips", "int4 g32"): (0.013, 0.013),
+    ("classifier", "kl", "int4 g32"): (0.017, 0.0048),
+    ("classifier", "accuracy", "int4"): (0.01, 0.0032),
+    ("classifier", "f1", "int4"): (0.015, 0.0032),
+    ("classifier", "flips", "int4"): (0.015, 0.015),
+    ("classifier", "kl", "int4"): (0.034, 0.0082),
+    ("classifier", "accuracy", "int4 channel"): (0.01, 0.0026),
+    ("classifier", "f1", "int4 channel"): (0.016, 0.0027),
+    ("classifier", "flips", "int4 channel"): (0.016, 0.016),
+    ("classifier", "kl", "int4 channel"): (0.042, 0.011),
+    ("classifier", "accuracy", "int2"): (0.056, 0.029),
+    ("classifier", "f1", "int2"): (0.069, 0.029),
+    ("classifier", "flips", "int2"): (0.069, 0.069),
+    ("classifier", "kl", "int2"): (0.3, 0.22),
+    ("embedder", "spearman", "float"): (0.42, 0),
+    ("embedder", "spearman", "int8 row"): (0.0038, 0.0015),
+    ("embedder", "spearman", "int8"): (0.00032, 0.0002),
+    ("embedder", "spearman", "int4 g32"): (0.032, 0.013),
+    ("embedder", "spearman", "int4"): (0.045, 0.019),
+    ("embedder", "spearman", "int4 channel"): (0.065, 0.029),
+    ("embedder", "spearman", "int2"): (0.36, 0.18),
+    ("decoder", "perplexity", "float"): (9.3e-08, 2.7e-09),
+    ("decoder", "flips", "float"): (0, 0),
+    ("decoder", "kl", "float"): (2e-13, 1.6e-12),
+    ("decoder", "perplexity", "int8 row"): (0.0019, 0.00073),
+    ("decoder", "flips", "int8 row"): (0.013, 0.013),
+    ("decoder", "kl", "int8 row"): (0.00012, 0.00056),
+    ("decoder", "perplexity", "int8"): (0.00094, 0),
+    ("decoder", "flips", "int8"): (0.006, 0.006),
+    ("decoder", "kl", "int8"): (2.2e-05, 0.00011),
+    ("decoder", "perplexity", "int4 g32"): (0.0081, 0.0066),
+    ("decoder", "flips", "int4 g32"): (0.044, 0.044),
+    ("decoder", "kl", "int4 g32"): (0.0014, 0.0063),
+    ("decoder", "perplexity", "int4"): (0.0099, 0.0096),
+    ("decoder", "flips", "int4"): (0.053, 0.053),
+    ("decoder", "kl", "int4"): (0.0022, 0.0095),
+    ("decoder", "perplexity", "int4 channel"): (0.011, 0.013),
+    ("decoder", "flips", "int4 channel"): (0.06, 0.06),
+    ("decoder", "kl", "int4 channel"): (0.0028, 0.012),
+    ("decoder", "perplexity", "int2"): (0.053, 0.18),
+    ("decoder", "flips", "int2"): (0.2, 0.2),
+    ("decoder", "kl", "int2"): (0.024, 0.15),
+}
 """(kind of model, metric, form) -> spread and loss, by benchmarks/spreads.py, 2026-11-25."""
 
 
@@ -91,7 +148,8 @@ def form_of(passes: Iterable[Pass]) -> str:
         if each.name() == "quantize_int8":
             found = "int8 row"
         elif hasattr(each, "format"):
-            found = f"{each.format} {getattr(each, 'group_size', '')}".strip()
+            group = getattr(each, "group_size", "")
+            found = f"{each.format} {'g' * isinstance(group, int)}{group}".strip()
     return found
 
 

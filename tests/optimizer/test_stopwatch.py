@@ -113,7 +113,7 @@ def test_pass_that_refuses_the_reference_is_left_out_and_told(
 def test_reference_that_cannot_be_lowered_is_refused(bench: Bench) -> None:
     @dataclass(frozen=True, kw_only=True)
     class LowerShrunk(Lower):
-        def requires(self, model: Model) -> None:
+        def run(self, model: Model, ctx: Context) -> PassResult:
             raise PassError("lower_shrunk: no")
 
     with pytest.raises(PassError, match="lower_shrunk: no"):

@@ -56,7 +56,7 @@ def session(decoder_folder: Path) -> DecoderSession:
 
 @pytest.fixture
 def engine(session: DecoderSession, generator: TextGenerator) -> Iterator[Engine]:
-    """An engine with the smallest chunks: prompts of more than 16 tokens are read in several steps."""
+    """An engine with the smallest chunks: prompts of more than 4 tokens are read in several steps."""
     made = Engine(generator.manifest, session, generator.tokenizer, max_stall_ms=1e-6)
     yield made
     assert not made.has_work  # no test leaves a slot behind

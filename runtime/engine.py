@@ -162,7 +162,7 @@ class Engine:
         """Return the logits of the step's last position, or of its rows."""
         if isinstance(step, Decode):
             last = [0 if row.request is None else self._tickets[row.request].answer.ids[-1] for row in step.rows]
-            return self.session.decode(last, [row.past for row in step.rows])
+            return self.session.decode(last, [row.past for row in step.rows], step.first)
         ids = self._tickets[step.request].answer.request.ids[step.past : step.past + step.tokens]
         begin = time.perf_counter()
         logits = self.session.run(ids, step.past, rows=[step.tokens - 1], slot=step.slot)

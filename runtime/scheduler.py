@@ -3,10 +3,10 @@
 A step is either one chunk of one prompt or one token for all that are past theirs. The two alternate while there is
 work for both: a stream waits for one chunk at most before its next token, and a prompt for one token.
 
-Tokens are decoded for the slots 0 to n - 1 at once, n - 1 being the highest that is past its prompt. A slot below that
-holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a free
-slot takes it at position 0, and a slot whose prompt is being read right after what was read of it; in both, what comes
-there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens.
+Tokens are decoded at once for all slots from the lowest to the highest that is past its prompt. A slot between them
+that holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a
+free slot takes it at position 0, and a slot whose prompt is being read right after what was read of it; in both, what
+comes there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Decode:
-    """Run one token in each of the slots 0 to n - 1; the last row is a live one."""
+    """Run one token in each of the slots `first` and after; the first and the last row are live ones."""
 
+    first: int
     rows: tuple[Row, ...]
 
 
@@ -79,9 +80,9 @@ class _Place:
 class Scheduler:
     """Queue, slots and what they have reserved of the cache.
 
-    A request is admitted into the lowest free slot once all tokens that it may ever need fit beside those of the
+    A request is admitted once there is a slot for it and all tokens that it may ever need fit beside those of the
     others; so nobody is turned out later. Who came first is admitted first, and who does not fit yet makes all others
-    wait.
+    wait. With its first chunk it takes the lowest free slot: prompts that nobody reads yet are no dummy rows.
     """
 
     def __init__(self, *, slots: int, budget: int, granule: int, chunk: Callable[[int], int]) -> None:
@@ -96,14 +97,14 @@ class Scheduler:
         self._budget, self._granule, self._chunk = budget, granule, chunk
         self._queue: deque[_Place] = deque()
         self._slots: list[_Place | None] = [None] * slots
-        self._reading: list[_Place] = []  # prompts, in the order of admission
+        self._reading: list[_Place] = []  # admitted, their prompts not read to the end, in order
         self._decoded_last = True
         self._favours_oldest = False
 
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
-        return self.waiting > 0 or any(self._slots)
+        return self.waiting > 0 or bool(self._admitted)
 
     @property
     def waiting(self) -> int:
@@ -113,7 +114,7 @@ class Scheduler:
     @property
     def reserved(self) -> int:
         """Tokens that the admitted requests may come to need."""
-        return sum(place.reserved for place in self._slots if place)
+        return sum(place.reserved for place in self._admitted)
 
     def add(self, request: int, prompt: int, new: int) -> None:
         """Queue a request.
@@ -136,13 +137,12 @@ class Scheduler:
 
     def remove(self, request: int) -> int | None:
         """Forget a request, finished or not, waiting or running; return the slot it held, if any, which is free now."""
+        self._queue = deque(place for place in self._queue if place.request != request)
+        self._reading = [place for place in self._reading if place.request != request]
         for slot, place in enumerate(self._slots):
             if place and place.request == request:
                 self._slots[slot] = None
-                if place in self._reading:
-                    self._reading.remove(place)
                 return slot
-        self._queue = deque(place for place in self._queue if place.request != request)
         return None
 
     def schedule(self) -> Step | None:
@@ -152,14 +152,15 @@ class Scheduler:
         if self._reading and (self._decoded_last or not decoding):
             return self._prefill(is_awaited=bool(decoding))
         if decoding:
-            return Decode(tuple(map(_row, self._slots[: decoding[-1] + 1])))
+            first = decoding[0]
+            return Decode(first, tuple(map(_row, self._slots[first : decoding[-1] + 1])))
         return None
 
     def ran(self, step: Step) -> None:
         """Note that what `schedule` returned has been run."""
         self._decoded_last = isinstance(step, Decode)
         if isinstance(step, Decode):
-            for row, place in zip(step.rows, self._slots, strict=False):
+            for row, place in zip(step.rows, self._slots[step.first :], strict=False):
                 if place and row.request is not None:
                     place.past += 1
             return
@@ -170,11 +171,15 @@ class Scheduler:
         if step.is_last:
             self._reading.remove(place)
 
+    @property
+    def _admitted(self) -> list[_Place]:
+        return [*self._reading, *(place for place in self._slots if place and not place.left)]
+
     def _admit(self) -> None:
-        while self._queue and None in self._slots and self.reserved + self._queue[0].reserved <= self._budget:
-            place = self._queue.popleft()
-            self._slots[self._slots.index(None)] = place
-            self._reading.append(place)
+        while self._queue and len(self._admitted) < len(self._slots):
+            if self.reserved + self._queue[0].reserved > self._budget:
+                return
+            self._reading.append(self._queue.popleft())
 
     def _prefill(self, is_awaited: bool) -> Prefill:
         """Return the next chunk: by turns of the prompt with the fewest tokens left and of the oldest.
@@ -182,6 +187,8 @@ class Scheduler:
         So a short prompt need not wait for a long one, and the long one goes on all the same.
         """
         place = self._reading[0] if self._favours_oldest else min(self._reading, key=lambda each: each.left)
+        if place not in self._slots:
+            self._slots[self._slots.index(None)] = place
         most = self._chunk(place.past) if is_awaited else MOST_TOKENS
         tokens = next_chunk(place.left, most)
         return Prefill(place.request, self._slots.index(place), place.past, tokens, is_last=tokens == place.left)

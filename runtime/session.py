@@ -1,6 +1,6 @@
 """One forward pass: token ids in, logits out, on ONNX Runtime's CPU provider.
 
-A session owns the buffers its graph reads and writes. They are bound once for each number of rows; a decode step writes
+A session owns the buffers its graph reads and writes. They are bound once for each range of slots; a decode step writes
 a few numbers in place, runs, and reads the logits where the graph left them.
 """
 
@@ -120,7 +120,7 @@ class DecoderSession:
         self.vocabulary = self._signature.vocabulary
         self.cache = KVBuffers(self._signature.cache, slots=slots, capacity=capacity)
         self._logits = np.empty((slots, self.vocabulary), np.float32)
-        self._decodes: dict[int, _Binding] = {}  # by the number of rows
+        self._decodes: dict[tuple[int, int], _Binding] = {}  # by first slot and number of rows
         self._chunks: dict[int, _Binding] = {}  # by slot
 
     def step(self, token: int, past: int) -> NDArray[np.float32]:
@@ -132,26 +132,27 @@ class DecoderSession:
         logits: NDArray[np.float32] = self.decode([token], [past])[0]
         return logits
 
-    def decode(self, tokens: Sequence[int], pasts: Sequence[int]) -> NDArray[np.float32]:
-        """Run one token of each of the sequences in slots 0 to n - 1.
+    def decode(self, tokens: Sequence[int], pasts: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """Run one token of each of the sequences in slots `first` to `first + n - 1`.
 
         Args:
             tokens: an id for each, n of them.
             pasts: of each, how many tokens in the cache count, and so the position its token takes.
+            first: the lowest of the slots.
 
         Returns:
             Logits `[n, V]`: a view that the next call overwrites.
         """
-        if not 1 <= len(tokens) == len(pasts) <= self.slots:
-            got = f"{len(tokens)} tokens and {len(pasts)} positions"
-            raise SessionError(f"decode: got {got}, expected 1 to {self.slots} of both, the slots")
+        if not 1 <= len(tokens) == len(pasts) <= self.slots - first <= self.slots:
+            got = f"{len(tokens)} tokens and {len(pasts)} positions from slot {first} on"
+            raise SessionError(f"decode: got {got}, expected as many of both, and slots 0 to {self.slots - 1}")
         if not 0 <= min(pasts) <= max(pasts) < self.capacity:
             at = next(past for past in pasts if not 0 <= past < self.capacity)
             raise SessionError(f"decode: got position {at}, expected 0 to {self.capacity - 1}, the cache's capacity")
-        rows = len(tokens)
-        if rows not in self._decodes:
-            self._decodes[rows] = self._bind(0, rows, self._logits[:rows])
-        return self._decodes[rows].run(np.array(tokens, np.int64)[:, None], pasts)
+        key = (first, len(tokens))
+        if key not in self._decodes:
+            self._decodes[key] = self._bind(*key, self._logits[: len(tokens)])
+        return self._decodes[key].run(np.array(tokens, np.int64)[:, None], pasts)
 
     def run(self, ids: ArrayLike, past: int = 0, rows: ArrayLike | None = None, slot: int = 0) -> NDArray[np.float32]:
         """Run a chunk of tokens of one sequence after the `past` tokens already in its slot.

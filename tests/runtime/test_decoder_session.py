@@ -90,6 +90,8 @@ def test_rows_of_different_lengths_share_a_run_and_a_prompt_is_read_beside_them(
         logits = several.decode(last, [lengths[0] + more, 0, lengths[2] + more])
         np.testing.assert_allclose(logits[0], want[0][4 + more], atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(logits[2], want[1][15 + more], atol=TOLERANCE, rtol=0)
+    logits = several.decode([0, int(ids[1, 18])], [0, 18], first=1)
+    np.testing.assert_allclose(logits[1], want[1][18], atol=TOLERANCE, rtol=0)
     assert np.array_equal(several.run(ids[0], slot=1), want[0])
 
 
@@ -97,8 +99,13 @@ def test_slots_and_rows_out_of_range_are_refused(decoder_folder: Path) -> None:
     two = DecoderSession(decoder_folder / "model.onnx", capacity=8, threads=1, slots=2)
     with pytest.raises(SessionError, match="slot: got 2, expected 0 to 1"):
         two.run([1, 2], slot=2)
-    with pytest.raises(SessionError, match="got 3 tokens and 3 positions, expected 1 to 2 of both"):
+    with pytest.raises(
+        SessionError, match="got 3 tokens and 3 positions from slot 0 on, expected as many of both, and slots 0 to 1"
+    ):
         two.decode([1, 2, 3], [0, 0, 0])
+    for first in (-1, 1):
+        with pytest.raises(SessionError, match=f"got 2 tokens and 2 positions from slot {first} on"):
+            two.decode([1, 2], [0, 0], first)
     with pytest.raises(SessionError, match="got position 8, expected 0 to 7"):
         two.decode([1, 2], [0, 8])
 

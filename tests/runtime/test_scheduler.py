@@ -32,7 +32,7 @@ def test_a_prompt_is_read_in_chunks_and_then_decoded() -> None:
         Prefill(7, slot=0, past=0, tokens=128, is_last=False),
         Prefill(7, slot=0, past=128, tokens=128, is_last=False),
         Prefill(7, slot=0, past=256, tokens=44, is_last=True),
-        Decode((Row(7, 300),)),
+        Decode(0, (Row(7, 300),)),
     ]
 
 
@@ -42,11 +42,11 @@ def test_while_others_decode_chunks_are_small_and_alternate_with_them() -> None:
     run(subject)
     subject.add(1, prompt=9, new=50)
     assert [run(subject) for _ in range(6)] == [
-        Decode((Row(0, 2),)),
+        Decode(0, (Row(0, 2),)),
         Prefill(1, slot=1, past=0, tokens=4, is_last=False),
-        Decode((Row(0, 3),)),
+        Decode(0, (Row(0, 3),)),
         Prefill(1, slot=1, past=4, tokens=2, is_last=False),  # not 4: one token would be left
-        Decode((Row(0, 4),)),
+        Decode(0, (Row(0, 4),)),
         Prefill(1, slot=1, past=6, tokens=3, is_last=True),
     ]
 
@@ -57,12 +57,25 @@ def test_a_hole_writes_at_its_beginning_and_a_prompt_being_read_right_after_what
         subject.add(request, prompt=1, new=50)
     for _ in range(5):
         run(subject)
-    assert run(subject) == Decode((Row(0, 3), Row(1, 2), Row(2, 1)))
-    assert subject.remove(0) == 0
-    assert run(subject) == Decode((Row(None, 0), Row(1, 3), Row(2, 2)))
+    assert run(subject) == Decode(0, (Row(0, 3), Row(1, 2), Row(2, 1)))
+    assert subject.remove(1) == 1
+    assert run(subject) == Decode(0, (Row(0, 4), Row(None, 0), Row(2, 2)))
     subject.add(3, prompt=9, new=5)
     run(subject)
-    assert run(subject) == Decode((Row(None, 4), Row(1, 4), Row(2, 3)))
+    assert run(subject) == Decode(0, (Row(0, 5), Row(None, 4), Row(2, 3)))
+
+
+def test_slots_below_and_above_the_live_ones_do_not_run() -> None:
+    subject = scheduler()
+    for request in range(3):
+        subject.add(request, prompt=1, new=50)
+    for _ in range(6):
+        run(subject)
+    assert (subject.remove(0), subject.remove(2)) == (0, 2)
+    assert run(subject) == Decode(1, (Row(1, 3),))
+    subject.add(3, prompt=9, new=5)
+    run(subject)
+    assert run(subject) == Decode(1, (Row(1, 4),))
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one_nor_the_long_one_for_many_short() -> None:
@@ -173,8 +186,8 @@ class Serving(RuleBasedStateMachine):
         prompt, _ = self.asked[step.request]
         if step.request not in self.place:
             assert step.past == 0
+            assert step.slot == min(set(range(len(self.cells))) - set(self.place.values()))
             self.place[step.request] = step.slot
-            assert list(self.place.values()).count(step.slot) == 1
         assert self.place[step.request] == step.slot
         assert step.tokens > 1 or prompt == 1
         self.require_own(step.slot, step.request, step.past)
@@ -189,8 +202,8 @@ class Serving(RuleBasedStateMachine):
     def decode(self, step: Decode) -> list[int]:
         live = {row.request for row in step.rows if row.request is not None}
         assert live == set(self.made)  # all that are past their prompt, and nobody else
-        assert step.rows[-1].request is not None
-        for slot, row in enumerate(step.rows):
+        assert step.rows[0].request is not None and step.rows[-1].request is not None
+        for slot, row in enumerate(step.rows, step.first):
             if row.request is not None:
                 assert self.place[row.request] == slot
                 prompt, _ = self.asked[row.request]
@@ -230,7 +243,7 @@ class Serving(RuleBasedStateMachine):
 
     def end(self, request: int) -> None:
         slot = self.subject.remove(request)
-        assert slot == self.place.pop(request, slot)
+        assert slot == self.place.pop(request, None)
         self.asked.pop(request)
         self.made.pop(request, None)
         if slot is not None:

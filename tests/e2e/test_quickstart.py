@@ -54,6 +54,7 @@ def test_artifact_writes_python(quickstart: Finished) -> None:
     assert re.search(r"\n {8}self\.\w+ = \w+", done.stdout)  # an assignment in the body of the method
 
 
+@pytest.mark.slow
 def test_many_requests_at_once_get_the_answers_they_get_alone(quickstart: Finished) -> None:
     engine = Engine.load(quickstart.project.output, slots=3, threads=1)
     generator = TextGenerator.load(quickstart.project.output, threads=1)
@@ -96,6 +97,7 @@ def sabotaged(quickstart: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, done.stdout.splitlines(), done.returncode
 
 
+@pytest.mark.slow
 def test_two_bit_weights_are_stopped_by_the_gate(sabotaged: tuple[Path, list[str], int]) -> None:
     folder, lines, code = sabotaged
     assert code == 1
@@ -104,6 +106,7 @@ def test_two_bit_weights_are_stopped_by_the_gate(sabotaged: tuple[Path, list[str
     assert "no artifact: a gate failed (--keep makes one all the same)" in lines
 
 
+@pytest.mark.slow
 def test_both_scores_of_a_failed_gate_are_on_screen(sabotaged: tuple[Path, list[str], int]) -> None:
     _, lines, _ = sabotaged
     scores = re.search(rf"perplexity ({NUMBER}) -> ({NUMBER}), .* of 2.00 %: FAIL", lines[1])
@@ -111,6 +114,7 @@ def test_both_scores_of_a_failed_gate_are_on_screen(sabotaged: tuple[Path, list[
     assert float(scores[2]) > 1.1 * float(scores[1])  # 10.95 -> 13.0 when this was written
 
 
+@pytest.mark.slow
 def test_red_run_leaves_an_older_artifact_and_ends_with_a_warning_about_it(
     quickstart: Finished, sabotaged: object, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def test_lax_budget_passes_and_is_told_with_both_rates(timed: Project) -> None:
     )
 
 
+@pytest.mark.slow
 def test_evidence_holds_every_restart(timed: Project) -> None:
     verify(timed.output)
     record = json.loads((timed.output / "evidence" / "run.json").read_text())
@@ -58,6 +59,7 @@ def test_evidence_holds_every_restart(timed: Project) -> None:
     assert (record["timing"]["new_tokens"], record["timing"]["threads"]) == (4, 1)
 
 
+@pytest.mark.slow
 def test_reference_is_the_source_exported_and_fused_and_is_stored(
     timed: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def write_recipe(project: Project, evaluate: dict[str, object], gate: dict[str, 
     project.recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_choice_and_generation_are_judged_from_source_to_artifact(project: Project) -> None:
     evaluate = {
         "choice": {"task": "choice", "data": "mine"},

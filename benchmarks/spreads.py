@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def spreads(kind: str, recipe: Mapping[str, Any], form: str, options: argparse.N
     run = optimizer.run(path, store=options.work / "store", output=options.work / "out", keep=True)
     for gate in run.verdicts:
         verdict = gate.verdict
+        if math.isnan(verdict.spread):  # too few changes for one
+            continue
         yield f'    ("{kind}", "{verdict.metric}", "{form}"): ({verdict.spread:.2g}, {max(0, verdict.difference):.2g}),'
 
 

@@ -171,11 +171,11 @@ def expected(work: Work, known: Sequence[Cost], threads: int) -> Expected:
     shipped = _rate(work.what).seconds(work)
     alike = [cost for cost in known if cost.work.what == work.what]
     close = [cost for cost in alike if _is_close(cost.work, work)]
-    for basis, costs in (("measured", close), ("scaled", alike), ("scaled", known)):
-        if costs:
-            ratio = median(cost.seconds / _rate(cost.work.what).seconds(cost.work) for cost in costs[-_LAST:])
-            return Expected(ratio * shipped, basis)  # type: ignore[arg-type]
-    return Expected(shipped * 2 / threads, "shipped")
+    if not known:
+        return Expected(shipped * 2 / threads, "shipped")
+    nearest = close or alike or known
+    ratio = median(cost.seconds / _rate(cost.work.what).seconds(cost.work) for cost in nearest[-_LAST:])
+    return Expected(ratio * shipped, "measured" if close else "scaled")
 
 
 def _rate(what: str) -> Rate:

@@ -300,7 +300,7 @@ def _compare_spearman(question: Question) -> Evidence:
         items_needed=_correlated_items_needed(question, loss, upper, reference, before, has_few_changes),
         refusal=_spearman_refusal(question, has_few_changes),
         warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question) + _no_order(question),
-        spread=_deviation(question, lower, upper),
+        spread=math.nan if has_few_changes else _deviation(question, lower, upper),
     )
 
 
@@ -341,7 +341,7 @@ def _compare_records(question: Question) -> Evidence:
         items_needed=_records_needed(question, loss, lower, upper, has_few_changes),
         refusal=_records_refusal(question, direction, has_few_changes),
         warnings=(((FEW_CHANGES, words),) if has_few_changes else ()) + _few_groups(question),
-        spread=_deviation(question, lower, upper),
+        spread=math.nan if has_few_changes else _deviation(question, lower, upper),
     )
 
 

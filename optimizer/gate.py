@@ -114,7 +114,7 @@ class Verdict:
         items_needed: items of this kind that would decide with probability 0.8; None when decided.
         mcnemar_p: accuracy of ungrouped items: evidence of any difference at all; never used to decide.
         flags: warnings a program can read: `FLAGS`.
-        spread: what `power.forecast` plans with.
+        spread: what `power.forecast` plans with; nan where too few answers changed for one.
         looked_at: items after which level was last spent: `n_items`, or the look before when this one was skipped
             because it could not decide.
         is_hopeless: the items still to come would hardly decide either.

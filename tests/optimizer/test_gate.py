@@ -312,6 +312,7 @@ def test_an_unchanged_order_passes_only_where_so_many_items_could_not_hide_the_l
     # At most 3 of n items changed (5 %), each at most about 9 / n.
     verdict = judge(*ordered(3000, 0.0), Budget("spearman", 0.01))
     assert (verdict.outcome, verdict.difference, verdict.flags) == ("pass", 0.0, ("few changes",))
+    assert math.isnan(verdict.spread)  # a bound of the worst case is no deviation to plan with
     verdict = judge(*ordered(1000, 0.0), Budget("spearman", 0.01))
     assert verdict.outcome == "inconclusive"
     assert judge(*ordered(verdict.items_needed or 0, 0.0), Budget("spearman", 0.01)).outcome == "pass"

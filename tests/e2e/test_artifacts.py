@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optimizer.cli import _standard_lines, main
+from optimizer.cli import main
+from optimizer.serving_commands import _standard_lines
 from runtime.artifact import canonical_json
 from runtime.embedding import TextEmbedder
 from runtime.reranking import TextReranker

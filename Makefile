@@ -13,7 +13,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[cpu,optimize,dev]'
+	$(BIN)/pip install --quiet --quiet --constraint constraints.txt --editable '.[cpu,optimize,serve,dev]'
 	touch $@
 
 demo: $(BIN)/.installed

@@ -28,7 +28,7 @@ from runtime.artifact import Manifest, verify
 from runtime.errors import PromptError, ServingError
 from runtime.generation import open_decoder
 from runtime.pace import Pace
-from runtime.request import Answer, Completion, Options, Prompt, RequestReader
+from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader
 from runtime.scheduler import Decode, Prefill, Scheduler, Step
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
@@ -102,18 +102,26 @@ class Engine:
         """Whether any request waits or runs."""
         return self._scheduler.has_work
 
-    def add(self, prompt: Prompt, **options: Unpack[Options]) -> Ticket:
+    def read(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
+        """Check and tokenize what `add` takes; this touches nothing that a step does, so any thread may do it.
+
+        Raises:
+            PromptError: when the prompt is empty, leaves no room in the context, or an argument is out of range.
+        """
+        return self._reader.read(prompt, **options)
+
+    def add(self, prompt: Prompt | Request, **options: Unpack[Options]) -> Ticket:
         """Queue a request; it joins the others in the next step if there is a free slot and memory for it.
 
         Args:
-            prompt: a text to continue, messages `{"role": ..., "content": ...}` for the chat template, or token ids.
+            prompt: a text to continue, messages `{"role": ..., "content": ...}` for the chat template, or token ids;
+                or what `read` made of one, with its options.
             options: `max_tokens` (128), `stop` (strings that end the answer), `sampling` (greedy), `ignore_eos`.
 
         Raises:
-            PromptError: when the prompt is empty, leaves no room in the context, needs more memory than there is, or an
-                argument is out of range.
+            PromptError: as `read`, and when it needs more memory than there is.
         """
-        request = self._reader.read(prompt, **options)
+        request = prompt if isinstance(prompt, Request) else self.read(prompt, **options)
         number = self._added
         self._scheduler.add(number, len(request.ids), request.max_tokens)
         self._added += 1
@@ -196,17 +204,24 @@ class Ticket(Iterator[str]):
         self.number = number
         self.answer = answer
         self._engine = engine
-        self._pieces: deque[str] = deque()
+        self._pieces: deque[Piece] = deque()
         self._error: ServingError | None = None
 
     def __next__(self) -> str:
-        while not self._pieces and not self.is_finished:
-            self._engine.step()
-        if self._pieces:
-            return self._pieces.popleft()
+        while self._pieces or not self.is_finished:
+            if not self._pieces:
+                self._engine.step()
+            elif text := self._pieces.popleft().text:
+                return text
         if self._error is not None:
             raise self._error
         raise StopIteration
+
+    def take_pieces(self) -> list[Piece]:
+        """Return what came since the last look, one piece for each token; the engine does not run."""
+        pieces = list(self._pieces)
+        self._pieces.clear()
+        return pieces
 
     @property
     def is_finished(self) -> bool:
@@ -232,13 +247,13 @@ class Ticket(Iterator[str]):
 
     def take(self, logits: NDArray[np.float32]) -> None:
         """Grow by the token of these logits `[V]`; a row that is no numbers ends this answer, not the others."""
+        before = len(self.answer.ids)
         try:
-            piece = self.answer.take(logits)
+            text = self.answer.take(logits)
         except ServingError as error:
             self.fail(error)
             return
-        if piece:
-            self._pieces.append(piece)
+        self._pieces.append(Piece(text, tuple(self.answer.ids[before:])))
 
     def fail(self, error: ServingError) -> None:
         """End without an answer: the error is raised to whoever reads on."""

@@ -38,6 +38,19 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What one step added to an answer.
+
+    Attributes:
+        text: what is certain now; empty while a character or a stop string may be in the making.
+        token_ids: the id that was chosen, whether or not its text is held back; none where it ended the answer.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Completion:
     """What was generated, and how fast.
 

@@ -124,6 +124,20 @@ def test_reading_one_ticket_lets_the_others_go_on(engine: Engine, generator: Tex
     assert "".join(others[1]) == others[1].completion.text  # pieces are kept until they are read
 
 
+def test_pieces_can_be_taken_without_driving_the_engine(engine: Engine) -> None:
+    ticket = engine.add(engine.read("日本", max_tokens=12, ignore_eos=True))
+    assert ticket.take_pieces() == []
+    engine.step()
+    assert engine.has_work and not ticket.is_finished
+    pieces = ticket.take_pieces()
+    while engine.has_work:
+        engine.step()
+    pieces += ticket.take_pieces()
+    assert ticket.take_pieces() == [] and len(pieces) == 12
+    assert "".join(piece.text for piece in pieces) == ticket.completion.text
+    assert sum((piece.token_ids for piece in pieces), ()) == ticket.completion.token_ids
+
+
 def test_a_stop_string_ends_one_answer_and_frees_its_slot(engine: Engine, generator: TextGenerator) -> None:
     whole = generator.generate("the", max_tokens=40, ignore_eos=True).text
     stop = whole[20:26]

@@ -17,6 +17,7 @@ from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, DigestError, PromptError, SamplingError, ServingError, SessionError
 
 if TYPE_CHECKING:
+    from runtime.async_engine import AsyncEngine
     from runtime.embedding import TextEmbedder
     from runtime.engine import Engine, Ticket
     from runtime.generation import TextGenerator, TextStream
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ArtifactError",
+    "AsyncEngine",
     "Completion",
     "DecoderSession",
     "DigestError",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "AsyncEngine": "async_engine",
     "Completion": "request",
     "Engine": "engine",
     "Ticket": "engine",

@@ -19,6 +19,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Unpack
 
 import numpy as np
@@ -35,6 +36,23 @@ from runtime.tokenizer import Tokenizer
 
 SLOTS: Final = 8
 MAX_STALL_MS: Final = 60.0
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How full an engine is.
+
+    Attributes:
+        waiting: requests that were not admitted yet.
+        running: requests that were.
+        reserved_tokens: of the cache, which the running ones may come to need.
+        budget_tokens: which all of them together may reserve; one request too.
+    """
+
+    waiting: int
+    running: int
+    reserved_tokens: int
+    budget_tokens: int
 
 
 class Engine:
@@ -58,6 +76,7 @@ class Engine:
             least = cache.granule * cache.token_bytes
             raise PromptError(f"kv_memory: got {kv_memory} bytes, expected at least {least}, the least that is taken")
         self.session = session
+        self._budget = budget
         self._tokenizer = tokenizer
         self._reader = RequestReader(manifest, tokenizer, session.vocabulary, session.capacity)
         self._pace = Pace(max_stall_ms)
@@ -101,6 +120,12 @@ class Engine:
     def has_work(self) -> bool:
         """Whether any request waits or runs."""
         return self._scheduler.has_work
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How many requests wait and run, and what they reserve."""
+        scheduler = self._scheduler
+        return Occupancy(scheduler.waiting, scheduler.running, scheduler.reserved, self._budget)
 
     def read(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
         """Check and tokenize what `add` takes; this touches nothing that a step does, so any thread may do it.

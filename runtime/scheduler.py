@@ -112,6 +112,11 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """Requests that were admitted."""
+        return len(self._admitted)
+
+    @property
     def reserved(self) -> int:
         """Tokens that the admitted requests may come to need."""
         return sum(place.reserved for place in self._admitted)

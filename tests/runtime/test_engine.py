@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import runtime
 from runtime.artifact import verify, write_manifest
-from runtime.engine import Engine, Ticket
+from runtime.engine import Engine, Occupancy, Ticket
 from runtime.errors import ArtifactError, PromptError, ServingError, SessionError
 from runtime.generation import TextGenerator
 from runtime.request import Completion, Prompt
@@ -190,6 +190,7 @@ def test_memory_admits_fewer_than_there_are_slots(decoder_folder: Path) -> None:
     while not tickets[0].is_finished:
         engine.step()
     assert tickets[1].answer.ids and not tickets[2].answer.ids
+    assert engine.occupancy == Occupancy(waiting=1, running=1, reserved_tokens=64, budget_tokens=128)
     run_out(engine)
     assert tickets[2].completion.token_ids == tickets[0].completion.token_ids
 

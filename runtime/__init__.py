@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from runtime.embedding import TextEmbedder
     from runtime.engine import Engine, Ticket
     from runtime.generation import TextGenerator, TextStream
+    from runtime.logprobs import TokenLogprob
     from runtime.prediction import Prediction, TextClassifier
-    from runtime.request import Completion
+    from runtime.request import Completion, Piece, Request
     from runtime.reranking import Ranked, TextReranker
     from runtime.sampler import SamplingParams
     from runtime.session import DecoderSession, EncoderSession
@@ -37,9 +38,11 @@ __all__ = [
     "EncoderSession",
     "Engine",
     "Manifest",
+    "Piece",
     "Prediction",
     "PromptError",
     "Ranked",
+    "Request",
     "SamplingError",
     "SamplingParams",
     "ServingError",
@@ -50,6 +53,7 @@ __all__ = [
     "TextReranker",
     "TextStream",
     "Ticket",
+    "TokenLogprob",
     "Tokenizer",
     "load",
     "verify",
@@ -58,6 +62,9 @@ __all__ = [
 _LATE = {
     "AsyncEngine": "async_engine",
     "Completion": "request",
+    "Piece": "request",
+    "Request": "request",
+    "TokenLogprob": "logprobs",
     "Engine": "engine",
     "Ticket": "engine",
     "TextGenerator": "generation",

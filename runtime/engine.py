@@ -29,8 +29,8 @@ from runtime.artifact import Manifest, verify
 from runtime.errors import PromptError, ServingError
 from runtime.generation import open_decoder
 from runtime.pace import Pace
-from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader
-from runtime.scheduler import Decode, Prefill, Scheduler, Step
+from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader, take_next
+from runtime.scheduler import Decode, Scheduler, Step
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
 
@@ -141,16 +141,18 @@ class Engine:
         Args:
             prompt: a text to continue, messages `{"role": ..., "content": ...}` for the chat template, or token ids;
                 or what `read` made of one, with its options.
-            options: `max_tokens` (128), `stop` (strings that end the answer), `sampling` (greedy), `ignore_eos`.
+            options: what may be said of the answer, as `Options` has it; none beside what was read.
 
         Raises:
             PromptError: as `read`, and when it needs more memory than there is.
         """
+        if isinstance(prompt, Request) and options:
+            raise PromptError(f"{next(iter(options))}: got it beside a request that was read; say it to `read`")
         request = prompt if isinstance(prompt, Request) else self.read(prompt, **options)
         number = self._added
         self._scheduler.add(number, len(request.ids), request.max_tokens)
         self._added += 1
-        ticket = Ticket(self, number, Answer(request, self._tokenizer, self.session.vocabulary))
+        ticket = Ticket(self, number, Answer(request, self._tokenizer))
         self._tickets[number] = ticket
         return ticket
 
@@ -205,13 +207,15 @@ class Engine:
     def _finish(self, step: Step, logits: NDArray[np.float32]) -> list[Ticket]:
         """Choose the tokens that the step was for, and part with the requests that end with them."""
         self._scheduler.ran(step)
-        if isinstance(step, Prefill):
-            wanted = [(step.request, logits[0])] if step.is_last else []
+        if isinstance(step, Decode):
+            live = [at for at, row in enumerate(step.rows) if row.request is not None]
+            tickets = [self._tickets[row.request] for row in step.rows if row.request is not None]
+            logits = logits if len(live) == len(step.rows) else logits[live]
         else:
-            wanted = [(row.request, logits[at]) for at, row in enumerate(step.rows) if row.request is not None]
-        tickets = [self._tickets[request] for request, _ in wanted]
-        for ticket, (_, row) in zip(tickets, wanted, strict=True):
-            ticket.take(row)
+            tickets = [self._tickets[step.request]] if step.is_last else []
+        pieces = take_next([ticket.answer for ticket in tickets], logits) if tickets else []
+        for ticket, piece in zip(tickets, pieces, strict=True):
+            ticket.take(piece)
             if ticket.is_finished:
                 self._release(ticket)
         return tickets
@@ -270,15 +274,12 @@ class Ticket(Iterator[str]):
         """End the request, as `Engine.cancel` does."""
         self._engine.cancel(self)
 
-    def take(self, logits: NDArray[np.float32]) -> None:
-        """Grow by the token of these logits `[V]`; a row that is no numbers ends this answer, not the others."""
-        before = len(self.answer.ids)
-        try:
-            text = self.answer.take(logits)
-        except ServingError as error:
-            self.fail(error)
-            return
-        self._pieces.append(Piece(text, tuple(self.answer.ids[before:])))
+    def take(self, piece: Piece | ServingError) -> None:
+        """Grow by a piece, or end with what is wrong."""
+        if isinstance(piece, ServingError):
+            self.fail(piece)
+        else:
+            self._pieces.append(piece)
 
     def fail(self, error: ServingError) -> None:
         """End without an answer: the error is raised to whoever reads on."""

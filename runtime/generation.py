@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, PromptError, ServingError
 from runtime.pace import prefill_chunks
-from runtime.request import Answer, Completion, Options, Prompt, Request, RequestReader
+from runtime.request import Answer, Completion, Options, Prompt, Request, RequestReader, take_next
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ class TextGenerator:
 
         Args:
             prompt: a text to continue, messages `{"role": ..., "content": ...}` for the chat template, or token ids.
-            options: `max_tokens` (128), `stop` (strings that end the answer), `sampling` (greedy), `ignore_eos`.
+            options: what may be said of the answer, as `Options` has it.
 
         Raises:
             PromptError: when the prompt is empty, leaves no room in the context, or an argument is out of range.
@@ -91,7 +91,7 @@ class TextStream(Iterator[str]):
 
     def __init__(self, generator: TextGenerator, request: Request) -> None:
         self._generator = generator
-        self._answer = Answer(request, generator.tokenizer, generator.session.vocabulary)
+        self._answer = Answer(request, generator.tokenizer)
         self._away_s = 0.0
         self._is_read = False
         self._pieces = self._run()
@@ -112,30 +112,29 @@ class TextStream(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         session, answer = self._generator.session, self._answer
-        logits = self._prefill(answer.request.ids)
-        while True:
-            piece = answer.take(logits)
-            if piece:
+        logits = self._prefill(answer)
+        while answer.finish_reason is None:
+            (piece,) = take_next([answer], logits)
+            if isinstance(piece, ServingError):
+                raise piece
+            if piece.text:
                 left = time.perf_counter()
-                yield piece
+                yield piece.text
                 if answer.finish_reason is None:
                     self._away_s += time.perf_counter() - left  # the reader's time, not ours
-            if answer.finish_reason is not None:
-                self._is_read = True
-                return
-            self._check_current()
-            logits = session.step(answer.ids[-1], len(answer.request.ids) + len(answer.ids) - 1)
+            if answer.finish_reason is None:
+                self._check_current()
+                logits = session.decode([answer.ids[-1]], [len(answer.request.ids) + len(answer.ids) - 1])
+        self._is_read = True
 
-    def _prefill(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run the prompt and return the logits [V] after its last token."""
+    def _prefill(self, answer: Answer) -> NDArray[np.float32]:
+        """Run the prompt and return the logits [1, V] after its last token."""
         self._check_current()
-        past = 0
-        logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
-        for size in prefill_chunks(len(ids)):
-            logits = self._generator.session.run(ids[past : past + size], past, rows=[size - 1])
+        past, logits = 0, np.empty((0, 0), np.float32)
+        for size in prefill_chunks(len(answer.request.ids)):
+            logits = self._generator.session.run(answer.request.ids[past : past + size], past, rows=[size - 1])
             past += size
-        last: NDArray[np.float32] = logits[0]
-        return last
+        return logits
 
     def _check_current(self) -> None:
         if not self._generator.is_current(self):

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from runtime.artifact import Manifest
 from runtime.chat_template import Message
-from runtime.errors import ArtifactError, PromptError
-from runtime.sampler import GREEDY, SamplingParams, sample
+from runtime.errors import ArtifactError, PromptError, SessionError
+from runtime.logprobs import MOST_LOGPROBS, TokenLogprob, token_logprobs
+from runtime.sampler import GREEDY, Draw, SamplingParams, TokenCounts, choose
 from runtime.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -25,29 +26,40 @@ class Options(TypedDict, total=False):
     """What may be said of an answer beside its prompt; `RequestReader.read` has the defaults.
 
     Attributes:
-        max_tokens: most tokens to generate; the context may end the answer earlier.
+        max_tokens: most tokens to generate; the context may end the answer earlier. 0, which only scores the prompt,
+            needs `prompt_logprobs`.
         stop: strings that end the answer; they are not part of it.
+        stop_token_ids: ids that end the answer as an EOS id does.
+        min_tokens: until so many are generated, EOS and stop ids are forbidden, and stop strings do not count.
         sampling: how tokens are chosen.
         ignore_eos: go on after an EOS id, as benchmarks do.
+        logprobs: return the logprob of each token, and of so many of the likeliest in its place; None for none.
+        prompt_logprobs: the same for the tokens of the prompt.
     """
 
     max_tokens: int
     stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
     sampling: SamplingParams
     ignore_eos: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to an answer.
+    """What an answer grew by.
 
     Attributes:
-        text: what is certain now; empty while a character or a stop string may be in the making.
-        token_ids: the id that was chosen, whether or not its text is held back; none where it ended the answer.
+        text: what is certain now, often empty: it neither ends within a character nor begins a stop string.
+        token_ids: the ids that came; their text may follow with later pieces.
+        logprobs: one for each id where they were asked for, otherwise empty.
     """
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,12 +68,15 @@ class Completion:
 
     Attributes:
         text: without special tokens, and without the stop string that ended it.
-        token_ids: the generated ids, without the EOS id that ended them.
+        token_ids: the generated ids, without the EOS or stop id that ended them.
         prompt_tokens: number of ids of the prompt.
-        finish_reason: "stop" at an EOS id or a stop string, "length" at `max_tokens` or the end of the context.
+        finish_reason: "stop" at an EOS or stop id or a stop string, "length" at `max_tokens` or the end of the context.
         ttft_s: seconds from the call to the first token, tokenization and prefill included.
         decode_tokens_per_s: rate of the tokens after the first, choosing and decoding to text included; None when
             there are none.
+        logprobs: one for each of `token_ids`; None where they were not asked for.
+        prompt_logprobs: one for each id of the prompt, None for the first; None where they were not asked for.
+        stop_reason: the stop string or stop id that ended the answer; None when something else did.
     """
 
     text: str
@@ -70,6 +85,9 @@ class Completion:
     finish_reason: FinishReason
     ttft_s: float
     decode_tokens_per_s: float | None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,10 @@ class Request:
         sampling: how tokens are chosen.
         eos: ids that end the answer.
         started: when it was asked, by `time.perf_counter`.
+        stop_ids: further ids that end it, which are told as the reason.
+        min_tokens: tokens to generate before anything but the context may end it.
+        logprobs: likeliest ids to return beside each token; None for no logprobs.
+        prompt_logprobs: the same for the prompt.
     """
 
     ids: NDArray[np.int64]
@@ -91,6 +113,10 @@ class Request:
     sampling: SamplingParams
     eos: frozenset[int]
     started: float
+    stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +141,12 @@ class RequestReader:
         *,
         max_tokens: int = 128,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
         sampling: SamplingParams = GREEDY,
         ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Request:
         """Check a prompt and its `Options`; return the request.
 
@@ -124,11 +154,18 @@ class RequestReader:
             PromptError: when the prompt is empty, leaves no room in the context, or an argument is out of range.
         """
         started = time.perf_counter()
-        if max_tokens < 1:
-            raise PromptError(f"max_tokens: got {max_tokens}, expected at least 1")
+        if max_tokens < 1 and (max_tokens < 0 or prompt_logprobs is None):
+            raise PromptError(f"max_tokens: got {max_tokens}, expected at least 1, or 0 with prompt_logprobs")
+        if not 0 <= min_tokens <= max_tokens:
+            raise PromptError(f"min_tokens: got {min_tokens}, expected 0 to max_tokens, which is {max_tokens}")
         if isinstance(stop, str) or not all(stop):
             raise PromptError(f"stop: got {stop!r}, expected a sequence of non-empty strings")
-        ids = self._ids(prompt)
+        for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if count is not None and not 0 <= count <= MOST_LOGPROBS:
+                raise PromptError(f"{name}: got {count}, expected 0 to {MOST_LOGPROBS}")
+        _require_known("stop_token_ids", stop_token_ids, self.vocabulary)
+        _require_known("logit_bias", [token for token, _ in sampling.logit_bias], self.vocabulary)
+        ids = self._ids(prompt, least_new=min(max_tokens, 1))
         return Request(
             ids=np.array(ids, np.int64),
             max_tokens=min(max_tokens, self.context - len(ids)),
@@ -136,13 +173,18 @@ class RequestReader:
             sampling=sampling,
             eos=frozenset() if ignore_eos else frozenset(self.manifest.eos_token_ids),
             started=started,
+            stop_ids=frozenset(stop_token_ids),
+            min_tokens=min_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt, least_new: int) -> list[int]:
         ids = _given_ids(prompt, self.vocabulary) or self._encode(prompt)
-        if len(ids) >= self.context:
+        if len(ids) + least_new > self.context:
             got, limit = len(ids), self.context
-            raise PromptError(f"prompt: got {got} tokens, expected fewer than the context of {limit}; shorten it")
+            expected = f"fewer than the context of {limit}" if least_new else f"at most the context of {limit}"
+            raise PromptError(f"prompt: got {got} tokens, expected {expected}; shorten it")
         return ids
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -169,46 +211,78 @@ def _given_ids(prompt: Prompt, vocabulary: int) -> list[int] | None:
     if isinstance(prompt, str) or not all(isinstance(item, int | np.integer) for item in prompt):
         return None
     ids = [int(cast(int, item)) for item in prompt]
-    if wrong := [token for token in ids if not 0 <= token < vocabulary]:
-        raise PromptError(f"prompt: got token {wrong[0]}, expected ids from 0 to {vocabulary - 1}")
+    _require_known("prompt", ids, vocabulary)
     return ids
+
+
+def _require_known(name: str, ids: Sequence[int], vocabulary: int) -> None:
+    if wrong := [token for token in ids if not 0 <= token < vocabulary]:
+        raise PromptError(f"{name}: got token {wrong[0]}, expected ids from 0 to {vocabulary - 1}")
 
 
 class Answer:
     """One request's answer, grown a token at a time.
 
-    Its pieces of text neither split a character nor show the beginning of a stop string.
-
     Attributes:
         request: what was asked.
-        ids: the tokens chosen so far, without the EOS id that ended them.
+        ids: the tokens chosen so far, without the EOS or stop id that ended them.
+        logprobs: one for each of them where they were asked for.
+        prompt_logprobs: of the tokens of the prompt that were scored so far, None for the first.
         finish_reason: None while more tokens are wanted.
+        stop_reason: the stop string or stop id that ended it.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, vocabulary: int) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
         self.ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
         self._detokenizer = tokenizer.detokenizer()
         self._stops = StopStrings(request.stop)
-        self._seen = np.zeros(vocabulary, np.bool_)
-        self._seen[request.ids] = True
+        self._counts = TokenCounts(request.ids) if request.sampling.needs_counts else None
         self._text: list[str] = []
         self._chosen = 0  # with the EOS id
         self._first_at = self._ended_at = 0.0
 
-    def take(self, logits: NDArray[np.float32]) -> str:
-        """Choose the next token by its logits `[V]`; return the text that is certain now, often empty.
+    def draw(self) -> Draw:
+        """Return what decides about the next token beside its logits."""
+        request, ended = self.request, len(self.ids) >= self.request.min_tokens
+        banned = () if ended else (*request.eos, *request.stop_ids)
+        return Draw(request.sampling, len(request.ids) + len(self.ids), self._counts, banned)
+
+    def take(self, token: int, logits: NDArray[np.float32]) -> Piece:
+        """Grow by a token that was chosen by these logits `[V]`."""
+        self._chosen += 1
+        if self._chosen == 1:
+            self._first_at = time.perf_counter()
+        if self._counts is not None:
+            self._counts.add(token)
+        piece = self._ended_by(token) or self._grown_by(token, logits)
+        self._text.append(piece.text)
+        if self.finish_reason is not None:
+            self._ended_at = time.perf_counter()
+        return piece
+
+    def score(self, logits: NDArray[np.float32], past: int) -> None:
+        """Note the logprobs of the prompt's tokens that follow those from `past` on, of which these are the logits.
+
+        Args:
+            logits: `[T, V]`.
+            past: tokens of the prompt before the first of the T.
 
         Raises:
             SessionError: the logits are no numbers.
         """
-        token = self._choose(logits)
-        piece = self._add(token)
-        self._text.append(piece)
-        if self.finish_reason is not None:
-            self._ended_at = time.perf_counter()
-        return piece
+        assert self.request.prompt_logprobs is not None
+        followed_by = self.request.ids[past + 1 : past + 1 + len(logits)].tolist()
+        self.prompt_logprobs += token_logprobs(logits[: len(followed_by)], followed_by, self.request.prompt_logprobs)
+
+    def end(self) -> None:
+        """End without a token, as a request of none does after its prompt."""
+        self.finish_reason = "length"
+        self._first_at = self._ended_at = time.perf_counter()
 
     def completion(self, away_s: float = 0.0) -> Completion:
         """Return the whole of a finished answer; seconds that passed elsewhere since its first token do not count."""
@@ -221,33 +295,53 @@ class Answer:
             finish_reason=self.finish_reason,
             ttft_s=self._first_at - self.request.started,
             decode_tokens_per_s=(self._chosen - 1) / decode_s if self._chosen > 1 else None,
+            logprobs=None if self.request.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.request.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            stop_reason=self.stop_reason,
         )
 
-    def _choose(self, logits: NDArray[np.float32]) -> int:
-        sampling, position = self.request.sampling, len(self.request.ids) + len(self.ids)
-        seen = np.flatnonzero(self._seen) if sampling.repetition_penalty != 1 else None
-        token = sample(logits, sampling, position, seen)
-        self._seen[token] = True
-        self._chosen += 1
-        if self._chosen == 1:
-            self._first_at = time.perf_counter()
-        return token
+    def _ended_by(self, token: int) -> Piece | None:
+        if token not in self.request.eos | self.request.stop_ids:
+            return None
+        self.finish_reason = "stop"
+        self.stop_reason = None if token in self.request.eos else token
+        return Piece(self._rest())
 
-    def _add(self, token: int) -> str:
-        if token in self.request.eos:
-            self.finish_reason = "stop"
-            return self._rest()
+    def _grown_by(self, token: int, logits: NDArray[np.float32]) -> Piece:
         self.ids.append(token)
-        piece = self._stops.add(self._detokenizer.add(token))
+        logprobs: Sequence[TokenLogprob] = ()
+        if self.request.logprobs is not None:
+            logprobs = token_logprobs(logits[None], [token], self.request.logprobs)
+            self.logprobs += logprobs
+        text = self._before_stop(self._detokenizer.add(token))
+        if not self.finish_reason and len(self.ids) == self.request.max_tokens:
+            self.finish_reason = "length"
+            text += self._rest()
+        return Piece(text, (token,), tuple(logprobs))
+
+    def _before_stop(self, text: str) -> str:
+        """Return what of further text is certain to stand before a stop string; end at one."""
+        if len(self.ids) <= self.request.min_tokens:
+            return text
+        text = self._stops.add(text)
         if self._stops.found:
-            self.finish_reason = "stop"
-        elif len(self.ids) == self.request.max_tokens:
-            piece += self._rest()
-            self.finish_reason = "stop" if self._stops.found else "length"
-        return piece
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        return text
 
     def _rest(self) -> str:
-        return self._stops.add(self._detokenizer.finish()) + self._stops.finish()
+        return self._before_stop(self._detokenizer.finish()) + self._stops.finish()
+
+
+def take_next(answers: Sequence[Answer], logits: NDArray[np.float32]) -> list[Piece | SessionError]:
+    """Let each answer grow by a token, chosen by its row of logits `[B, V]`; return the pieces.
+
+    A row that is no numbers gives an error in place of a piece, and says nothing about the others.
+    """
+    tokens = choose(logits, [answer.draw() for answer in answers])
+    return [
+        token if isinstance(token, SessionError) else answer.take(token, row)
+        for answer, token, row in zip(answers, tokens, logits, strict=True)
+    ]
 
 
 class StopStrings:

@@ -1,32 +1,32 @@
-"""Choose the next token from a row of logits.
+"""Choose the next tokens, from a row of logits each.
 
 The token at position t is a pure function of (logits, parameters, seed, t, ids seen so far): neither the batch it runs
-in nor the tokens drawn before it move the noise. Each token id v has its own noise at each position, so two models with
-nearly equal logits choose the same token nearly always, and a filter never changes how the tokens it keeps compare.
+in nor the tokens drawn before it move the noise (runtime/gumbel.py). Each token id has its own noise at each position,
+so two models with nearly equal logits choose the same token nearly always, and a filter never changes how the tokens it
+keeps compare.
 
-The draw is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030, section 2): with independent
-g_v = -log(-log(u_v)), argmax(z_v + g_v) has the distribution softmax(z). The u_v come from SplitMix64 (Steele, Lea,
-Flood 2014, "Fast splittable pseudorandom number generators"), whose state is a counter: any u_v is computed alone.
-The filters apply in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+The order is that of vLLM: logit bias, ids forbidden until `min_tokens`, repetition penalty, frequency and presence
+penalties, temperature; then the filters as in transformers: top-k, top-p of what that leaves, min-p. Each filter is a
+least logit, so no filter sorts the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.blocks import block_maxima, fault, largest
 from runtime.errors import SamplingError, SessionError
+from runtime.gumbel import noise_key, race
 
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_MIX_1: Final = 0xBF58476D1CE4E5B9
-_MIX_2: Final = 0x94D049BB133111EB
-_MASK: Final = (1 << 64) - 1
-_BLOCK: Final = 16384  # ids hashed at once: the temporaries stay in the L2 cache (3.6x faster at V = 152k)
+_MOST_SEED: Final = 2**64 - 1
 _MIN_TEMPERATURE: Final = 1e-3
+_NUCLEUS: Final = 64  # tokens to begin with where as many as have the mass are looked for
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:
@@ -45,8 +45,11 @@ class SamplingParams:
         top_p: keep the fewest most likely tokens whose probabilities sum to at least this (Holtzman et al. 2020,
             arXiv:1904.09751, section 3.1).
         min_p: keep tokens at least this likely relative to the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
-        repetition_penalty: logits of ids seen so far are divided (positive) or multiplied (negative) by it (Keskar et
-            al. 2019, arXiv:1909.05858, section 4.1); 1 leaves them.
+        repetition_penalty: logits of ids in the prompt or the answer so far are divided (positive) or multiplied
+            (negative) by it (Keskar et al. 2019, arXiv:1909.05858, section 4.1); 1 leaves them.
+        presence_penalty: taken from the logits of ids in the answer so far.
+        frequency_penalty: taken from them as often as they occur there.
+        logit_bias: (id, bias) pairs; the bias is added to the id's logit.
         seed: 64-bit integer.
     """
 
@@ -55,6 +58,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,115 +71,179 @@ class SamplingParams:
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
         penalty = self.repetition_penalty
         _require("repetition_penalty", penalty, 0.01 <= penalty <= 100, "a number from 0.01 to 100 (1: none)")
-        _require("seed", self.seed, 0 <= self.seed <= _MASK, "an integer from 0 to 2**64 - 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(name, value, -2 <= value <= 2, "a number from -2 to 2 (0: none)")
+        _require("seed", self.seed, 0 <= self.seed <= _MOST_SEED, "an integer from 0 to 2**64 - 1")
+        for token, bias in self.logit_bias:
+            if type(token) is not int or token < 0 or not -100 <= bias <= 100:
+                raise SamplingError(f"logit_bias: got {bias!r} for {token!r}, expected -100 to 100 for token ids")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise SamplingError("logit_bias: got a token id twice, expected each once")
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it matters which tokens came before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 GREEDY: Final = SamplingParams()
 
 
-def sample(
-    logits: NDArray[np.float32], params: SamplingParams, position: int, seen: NDArray[np.integer[Any]] | None = None
-) -> int:
-    """Return the token id for `position`.
+class TokenCounts:
+    """Which ids a sequence holds, and how often each was generated."""
 
-    Args:
-        logits: one row `[V]`; it is not changed. -inf forbids a token.
+    def __init__(self, prompt: NDArray[np.integer[Any]] | Sequence[int]) -> None:
+        """Begin with a prompt."""
+        distinct = np.unique(np.asarray(prompt, np.int64))
+        self._at = {token: at for at, token in enumerate(distinct.tolist())}
+        self._ids = distinct
+        self._generated = np.zeros(len(distinct), np.float32)
+
+    def add(self, token: int) -> None:
+        """Note a generated token."""
+        at = self._at.setdefault(token, len(self._at))
+        if at == len(self._ids):
+            self._ids = np.append(self._ids, np.zeros(at + 64, np.int64))
+            self._generated = np.append(self._generated, np.zeros(at + 64, np.float32))
+        self._ids[at] = token
+        self._generated[at] += 1
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The distinct ids of prompt and answer `[S]`."""
+        return self._ids[: len(self._at)]
+
+    @property
+    def generated(self) -> NDArray[np.float32]:
+        """How often each of `ids` is in the answer `[S]`."""
+        return self._generated[: len(self._at)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What decides about a token beside its logits.
+
+    Attributes:
         params: how to choose.
         position: index of the new token in its sequence, counted from the prompt's first token.
-        seen: distinct ids that the repetition penalty applies to; needed only where it is not 1.
+        counts: the tokens before it; needed only where `params.needs_counts`.
+        banned: ids that it must not be.
+    """
+
+    params: SamplingParams
+    position: int
+    counts: TokenCounts | None = None
+    banned: Sequence[int] = ()
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits of single ids change before any other step."""
+        return bool(self.params.logit_bias or self.banned or self.params.needs_counts)
+
+
+def sample(
+    logits: NDArray[np.float32], params: SamplingParams, position: int, counts: TokenCounts | None = None
+) -> int:
+    """Return the token id for `position`: `choose` for one row `[V]` and the attributes of a `Draw`.
 
     Raises:
         SessionError: when the largest logit is not a finite number.
     """
-    if params.repetition_penalty != 1 and seen is not None and len(seen):
-        logits = _penalized(logits, seen, params.repetition_penalty)
-    best = int(logits.argmax())  # the first NaN, if there is one
-    if not math.isfinite(logits[best]):
-        raise SessionError(f"logits: got {logits[best]} for token {best}, expected numbers; the model is broken")
-    if params.temperature == 0:
-        return best
-    ids, scores = _candidates(logits, float(logits[best]), params)
-    return _draw(scores, ids, params.seed, position)
+    (token,) = choose(logits[None], [Draw(params, position, counts)])
+    if isinstance(token, SessionError):
+        raise token
+    return token
 
 
-def _penalized(logits: NDArray[np.float32], seen: NDArray[np.integer[Any]], penalty: float) -> NDArray[np.float32]:
-    result = logits.copy()
-    old = logits[seen]
-    result[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
-    return result
+def choose(logits: NDArray[np.float32], draws: Sequence[Draw]) -> list[int | SessionError]:
+    """Return a token id for each row, or what is wrong with the row; no row has a say in another's.
 
-
-def _candidates(
-    logits: NDArray[np.float32], best: float, params: SamplingParams
-) -> tuple[NDArray[np.int64] | None, NDArray[np.float32]]:
-    """Return the ids that the filters leave (None: all), and their logits over the temperature, the largest at 0.
-
-    No filter sorts the vocabulary: top-k partitions it; a token less likely than (1 - top_p) / V cannot be in the
-    nucleus, since all such tokens together weigh less than 1 - top_p, so only the others are sorted. Ranks are those of
-    the logits themselves: the division can make two of them equal.
+    Args:
+        logits: `[B, V]`, which are not changed; -inf forbids a token.
+        draws: one for each row.
     """
-    ids = None
-    if 0 < params.top_k < len(logits):
-        ids = np.flatnonzero(logits >= np.partition(logits, -params.top_k)[-params.top_k])
-        logits = logits[ids]
-    scores = _scores(logits, best, params)
-    cut = math.log(params.min_p) if params.min_p > 0 else -math.inf
-    total = 0.0
+    logits = edited(logits, draws)
+    best = logits.argmax(axis=1).tolist()  # the first NaN, if there is one
+    chosen = [fault(row, top) or top for row, top in zip(logits, best, strict=True)]
+    hot = [at for at, draw in enumerate(draws) if draw.params.temperature > 0 and isinstance(chosen[at], int)]
+    if hot:
+        rows = logits if len(hot) == len(draws) else logits[hot]
+        for at, token in zip(hot, _drawn(rows, [best[at] for at in hot], [draws[at] for at in hot]), strict=True):
+            chosen[at] = token
+    return chosen
+
+
+def edited(logits: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.float32]:
+    """Return the logits with bias, bans and penalties: themselves where there are none, otherwise a copy."""
+    if not any(draw.edits for draw in draws):
+        return logits
+    logits = logits.copy()
+    for row, draw in zip(logits, draws, strict=True):
+        for token, bias in draw.params.logit_bias:
+            row[token] += np.float32(bias)
+        row[list(draw.banned)] = -np.inf
+        if draw.params.needs_counts and draw.counts is not None:
+            _penalize(row, draw.counts, draw.params)
+    return logits
+
+
+def _penalize(row: NDArray[np.float32], counts: TokenCounts, params: SamplingParams) -> None:
+    old, penalty = row[counts.ids], np.float32(params.repetition_penalty)
+    new = np.where(old < 0, old * penalty, old / penalty)
+    new -= np.float32(params.frequency_penalty) * counts.generated
+    new -= np.float32(params.presence_penalty) * (counts.generated > 0)
+    row[counts.ids] = new
+
+
+def _drawn(logits: NDArray[np.float32], best: Sequence[int], draws: Sequence[Draw]) -> list[int]:
+    """Return the ids that are drawn from rows whose largest logits are at `best`."""
+    maxima = block_maxima(logits)
+    least = [
+        _least_kept(row, tops, float(row[top]), draw.params)
+        for row, tops, top, draw in zip(logits, maxima, best, draws, strict=True)
+    ]
+    temperatures = np.array([draw.params.temperature for draw in draws], np.float64)
+    keys = np.array([noise_key(draw.params.seed, draw.position) for draw in draws], np.uint64)
+    tokens: list[int] = race(logits, maxima, temperatures, np.array(least), keys).tolist()
+    return tokens
+
+
+def _least_kept(row: NDArray[np.float32], maxima: NDArray[np.float32], best: float, params: SamplingParams) -> float:
+    """Return the least logit that the filters keep, -inf where there are none.
+
+    Ranks are those of the logits themselves: the division by the temperature can make two of them equal.
+    """
+    least = -math.inf
+    if 0 < params.top_k < len(row):
+        some = row[largest(row, maxima, params.top_k)]
+        least = float(np.partition(some, -params.top_k)[-params.top_k])
     if params.top_p < 1:
-        total = float(np.exp(scores).sum(dtype=np.float64))
-        cut = max(cut, math.log((1 - params.top_p) * total / len(scores)) - 1e-5)  # less 1e-5: roundings of the sum
-    if cut == -math.inf:
-        return ids, scores
-    keep = np.flatnonzero(scores >= np.float32(cut))
-    if params.top_p < 1:
-        ordered = np.sort(logits[keep])[::-1]
-        mass = np.cumsum(np.exp(_scores(ordered, best, params)), dtype=np.float64)
-        last = min(int(np.searchsorted(mass, params.top_p * total)), len(keep) - 1)
-        keep = keep[logits[keep] >= ordered[last]]
-    return keep if ids is None else ids[keep], scores[keep]
+        least = _least_of_nucleus(row, maxima, best, least, params)
+    if params.min_p > 0:
+        least = max(least, best + params.temperature * math.log(params.min_p))
+    return least
 
 
-def _scores(logits: NDArray[np.float32], best: float, params: SamplingParams) -> NDArray[np.float32]:
-    scores = logits - np.float32(best)
-    scores /= np.float32(params.temperature)
-    return scores
+def _least_of_nucleus(
+    row: NDArray[np.float32], maxima: NDArray[np.float32], best: float, least: float, params: SamplingParams
+) -> float:
+    """Return the least logit of the nucleus of those that top-k leaves, which are not below `least`."""
+    count = params.top_k or _NUCLEUS
+    total = None if params.top_k else float(_weights(row, best, params).sum())
+    while True:
+        some = row[largest(row, maxima, count)]
+        some = np.sort(some[some >= least])[::-1]
+        mass = np.cumsum(_weights(some, best, params), dtype=np.float64)
+        wanted = params.top_p * (mass[-1] if total is None else total)
+        if mass[-1] >= wanted or count >= len(maxima):
+            return float(some[min(int(np.searchsorted(mass, wanted)), len(some) - 1)])
+        count *= 4
 
 
-def _draw(scores: NDArray[np.float32], ids: NDArray[np.int64] | None, seed: int, position: int) -> int:
-    """Return the id whose score plus Gumbel noise is largest; block by block, so that nothing large is allocated."""
-    key = np.uint64(_mix(_mix((seed + _GOLDEN) & _MASK) + (position + 1) * _GOLDEN & _MASK))
-    best, winner = -math.inf, 0
-    for start in range(0, len(scores), _BLOCK):
-        part = slice(start, min(start + _BLOCK, len(scores)))
-        block = np.arange(part.start, part.stop) if ids is None else ids[part]
-        noisy = scores[part] - _log_exponential(block, key)
-        at = int(noisy.argmax())
-        if noisy[at] > best:
-            best, winner = float(noisy[at]), int(block[at])
-    return winner
-
-
-def _log_exponential(ids: NDArray[np.int64], key: np.uint64) -> NDArray[np.float64]:
-    """Return log(-log(u)) for one uniform u in (0, 1) per token id: minus a standard Gumbel variable."""
-    state = ids.astype(np.uint64)
-    state += np.uint64(1)
-    state *= np.uint64(_GOLDEN)
-    state += key
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        state ^= state >> np.uint64(shift)
-        state *= np.uint64(factor)
-    state ^= state >> np.uint64(31)
-    state >>= np.uint64(12)
-    uniform = state.astype(np.float64)  # 52 bits: with 53, adding a half could round up to 1
-    uniform += 0.5
-    uniform *= 2.0**-52
-    np.log(uniform, out=uniform)
-    np.negative(uniform, out=uniform)
-    return np.log(uniform, out=uniform)
-
-
-def _mix(state: int) -> int:
-    """Return SplitMix64's output for one state."""
-    state = (state ^ state >> 30) * _MIX_1 & _MASK
-    state = (state ^ state >> 27) * _MIX_2 & _MASK
-    return state ^ state >> 31
+def _weights(logits: NDArray[np.float32], best: float, params: SamplingParams) -> NDArray[np.float32]:
+    """Return probabilities but for a factor, that of the largest logit being 1."""
+    weights = logits - np.float32(best)
+    weights /= np.float32(params.temperature)
+    np.exp(weights, out=weights)
+    return weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,13 @@ def test_a_graph_of_one_row_is_served_one_request_at_a_time(copied: Path, decode
     assert engine.session.slots == 1
     first, second = engine.generate(["the", "日本"], max_tokens=4, ignore_eos=True)
     assert len(first.token_ids) == len(second.token_ids) == 4
+
+
+def test_a_request_may_be_read_by_another_thread_and_added_later(engine: Engine, generator: TextGenerator) -> None:
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(engine.read, "def main():", max_tokens=6, ignore_eos=True).result()
+    ticket = engine.add(request)
+    run_out(engine)
+    assert same(ticket.completion, generator.generate("def main():", max_tokens=6, ignore_eos=True))
+    with pytest.raises(PromptError, match="max_tokens: got it beside a request"):
+        engine.add(request, max_tokens=3)

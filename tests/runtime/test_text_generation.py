@@ -211,3 +211,59 @@ def test_logits_of_a_whole_document_come_in_chunks(generator: TextGenerator) -> 
     ids = np.arange(100) % 280
     rows = np.concatenate([generator.session.run(ids[at : at + 40], at).copy() for at in range(0, 100, 40)])
     assert rows.shape == (100, 288)
+
+
+def test_a_stop_id_ends_the_answer_and_is_told(generator: TextGenerator) -> None:
+    whole = generator.generate("x", max_tokens=30, ignore_eos=True)
+    stop = whole.token_ids[20]
+    first = whole.token_ids.index(stop)
+    completion = generator.generate("x", max_tokens=30, ignore_eos=True, stop_token_ids=[stop])
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert completion.token_ids == whole.token_ids[:first]
+    assert generator.generate("x", max_tokens=first, ignore_eos=True, stop_token_ids=[stop]).stop_reason is None
+
+
+def test_min_tokens_forbids_ends_until_then(generator: TextGenerator) -> None:
+    whole = generator.generate("x", max_tokens=30, ignore_eos=True)
+    stop, text = whole.token_ids[3], whole.text[2:4]
+    for options in ({"stop_token_ids": [stop]}, {"stop": [text]}):
+        early = generator.generate("x", max_tokens=30, ignore_eos=True, **options)
+        late = generator.generate("x", max_tokens=30, ignore_eos=True, min_tokens=12, **options)
+        assert len(early.token_ids) < 12 <= len(late.token_ids)
+        assert stop not in late.token_ids[:12] or "stop" in options
+        assert late.finish_reason == "length" or late.stop_reason in (stop, text)
+    manifest = dataclasses.replace(generator.manifest, eos_token_ids=(whole.token_ids[0],))
+    other = TextGenerator(manifest, generator.session, generator.tokenizer)
+    assert other.generate("x", max_tokens=5).token_ids == ()
+    assert len(other.generate("x", max_tokens=5, min_tokens=5).token_ids) == 5
+
+
+def test_logprobs_line_up_with_the_tokens_also_where_a_stop_string_cuts_the_text(generator: TextGenerator) -> None:
+    whole = generator.generate("the", max_tokens=30, ignore_eos=True, logprobs=2)
+    cut = generator.generate("the", max_tokens=30, ignore_eos=True, logprobs=2, stop=[whole.text[10:13]])
+    assert cut.stop_reason == whole.text[10:13] and whole.logprobs and cut.logprobs
+    assert [each.token for each in cut.logprobs] == list(cut.token_ids)
+    assert cut.logprobs == whole.logprobs[: len(cut.logprobs)]
+    for each in cut.logprobs:  # greedy: the likeliest is the one
+        assert each.top[0] == (each.token, each.logprob) and each.top[1][1] <= each.logprob <= 0
+    assert generator.generate("the", max_tokens=3).logprobs is None
+
+
+def test_logprobs_are_of_the_model_before_any_penalty(generator: TextGenerator) -> None:
+    params = SamplingParams(temperature=0.5, presence_penalty=2, logit_bias=((9, 50.0),))
+    (biased,) = generator.generate("the", max_tokens=1, logprobs=0, sampling=params, ignore_eos=True).logprobs or ()
+    row = generator.session.run(generator.tokenizer.encode("the"))[-1].astype(np.float64)
+    assert biased.token == 9 and biased.top == ()
+    assert abs(biased.logprob - (row[9] - np.log(np.exp(row).sum()))) < 1e-6  # exp in float32 rounds by 1e-7
+
+
+def test_options_out_of_range_are_named(generator: TextGenerator) -> None:
+    for options, message in (
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens: got 5, expected 0 to max_tokens, which is 4"),
+        ({"logprobs": 21}, "logprobs: got 21, expected 0 to 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs: got -1, expected 0 to 20"),
+        ({"stop_token_ids": [288]}, "stop_token_ids: got token 288, expected ids from 0 to 287"),
+        ({"sampling": SamplingParams(logit_bias=((300, 1.0),))}, "logit_bias: got token 300"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            generator.stream("the", **options)

@@ -19,7 +19,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Unpack
 
 import numpy as np
@@ -30,12 +30,13 @@ from runtime.errors import PromptError, ServingError
 from runtime.generation import open_decoder
 from runtime.pace import Pace
 from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader, take_next
-from runtime.scheduler import Decode, Scheduler, Step
+from runtime.scheduler import Copy, Decode, Prefill, Scheduler
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
 
 SLOTS: Final = 8
 MAX_STALL_MS: Final = 60.0
+_COPY_BYTES: Final = 2**24  # of keys and values copied within one step: about as long as a token takes
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ class Engine:
         self._tokenizer = tokenizer
         self._reader = RequestReader(manifest, tokenizer, session.vocabulary, session.capacity)
         self._pace = Pace(max_stall_ms)
-        self._scheduler = Scheduler(slots=session.slots, budget=budget, granule=cache.granule, chunk=self._pace.tokens)
+        self._scheduler = Scheduler(
+            slots=session.slots,
+            budget=budget,
+            granule=cache.granule,
+            chunk=self._pace.tokens,
+            copied=2 * max(1, _COPY_BYTES // (2 * cache.token_bytes)),
+        )
         self._tickets: dict[int, Ticket] = {}
         self._added = 0
 
@@ -146,11 +153,37 @@ class Engine:
         Raises:
             PromptError: as `read`, and when it needs more memory than there is.
         """
-        if isinstance(prompt, Request) and options:
+        return self._add(self._request(prompt, options))
+
+    def add_many(self, prompt: Prompt | Request, n: int, **options: Unpack[Options]) -> list[Ticket]:
+        """Queue n requests of one prompt, which is read once; their answers are those that n times `add` would get.
+
+        Args:
+            prompt: as for `add`. It is read n times where its logprobs are asked for.
+            n: how many. The first has the seed of its `sampling`, and each other the seed after that of the one before.
+            options: as for `add`.
+
+        Raises:
+            PromptError: as `add`, and when n is less than 1; nothing is queued then.
+        """
+        if n < 1:
+            raise PromptError(f"n: got {n}, expected at least 1 answer")
+        request = self._request(prompt, options)
+        group = self._added if request.prompt_logprobs is None else None
+        seeds = [(request.sampling.seed + index) % 2**64 for index in range(n)]
+        many = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+        return [self._add(each, group) for each in many]
+
+    def _request(self, prompt: Prompt | Request, options: Options) -> Request:
+        if not isinstance(prompt, Request):
+            return self.read(prompt, **options)
+        if options:
             raise PromptError(f"{next(iter(options))}: got it beside a request that was read; say it to `read`")
-        request = prompt if isinstance(prompt, Request) else self.read(prompt, **options)
+        return prompt
+
+    def _add(self, request: Request, group: int | None = None) -> Ticket:
         number = self._added
-        self._scheduler.add(number, len(request.ids), request.max_tokens)
+        self._scheduler.add(number, len(request.ids), request.max_tokens, group)
         self._added += 1
         ticket = Ticket(self, number, Answer(request, self._tokenizer))
         self._tickets[number] = ticket
@@ -179,6 +212,10 @@ class Engine:
         if step is None:
             assert not self._tickets
             return []
+        if isinstance(step, Copy):
+            self.session.cache.copy(step.source, step.slot, step.past, step.tokens)
+            self._scheduler.ran(step)
+            return []
         return self._finish(step, self._run(step))
 
     def cancel(self, ticket: Ticket) -> None:
@@ -193,7 +230,7 @@ class Engine:
         if slot is not None:
             self.session.free(slot)
 
-    def _run(self, step: Step) -> NDArray[np.float32]:
+    def _run(self, step: Prefill | Decode) -> NDArray[np.float32]:
         """Return the logits of the step's last position, or of its rows."""
         if isinstance(step, Decode):
             last = [0 if row.request is None else self._tickets[row.request].answer.ids[-1] for row in step.rows]
@@ -204,7 +241,7 @@ class Engine:
         self._pace.measured(step.tokens, step.past, time.perf_counter() - begin)
         return logits
 
-    def _finish(self, step: Step, logits: NDArray[np.float32]) -> list[Ticket]:
+    def _finish(self, step: Prefill | Decode, logits: NDArray[np.float32]) -> list[Ticket]:
         """Choose the tokens that the step was for, and part with the requests that end with them."""
         self._scheduler.ran(step)
         if isinstance(step, Decode):

@@ -105,6 +105,12 @@ class KVBuffers:
         """Return `[count, K, capacity, E]` of each layer's sides: slots `first` and after, not copied."""
         return {name: array[first : first + count] for name, array in self._arrays.items()}
 
+    def copy(self, source: int, slot: int, first: int, count: int) -> None:
+        """Write positions `first` to `first + count - 1` of a slot over those of another."""
+        cells = slice(first, first + count)
+        for array in self._arrays.values():
+            array[slot, :, cells] = array[source, :, cells]
+
     def free(self, slot: int) -> None:
         """Give a slot's memory back; it reads as zeros until it is written again."""
         for name, memory in self._memory.items():

@@ -1,7 +1,8 @@
 """Which requests run next, and where: integers only, no tensors, so that integers can test it.
 
 A step is either one chunk of one prompt or one token for all that are past theirs. The two alternate while there is
-work for both: a stream waits for one chunk at most before its next token, and a prompt for one token.
+work for both: a stream waits for one chunk at most before its next token, and a prompt for one token. Requests of a
+group have the same prompt: one of them reads it, the others copy it from a slot that holds it, but for its last tokens.
 
 Tokens are decoded at once for all slots from the lowest to the highest that is past its prompt. A slot between them
 that holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a
@@ -39,6 +40,25 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Copy positions `past` to `past + tokens - 1` of a prompt from a slot that holds the same one.
+
+    Attributes:
+        request: who gets them.
+        slot: where its cache is.
+        source: the slot to copy from.
+        past: how many of the tokens its cache holds already.
+        tokens: how many to copy: an even number, and at least two of the prompt are left to run.
+    """
+
+    request: int
+    slot: int
+    source: int
+    past: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One slot in a decode.
 
@@ -59,7 +79,7 @@ class Decode:
     rows: tuple[Row, ...]
 
 
-Step = Prefill | Decode
+Step = Prefill | Copy | Decode
 
 
 @dataclass(eq=False)
@@ -69,12 +89,21 @@ class _Place:
     request: int
     prompt: int
     reserved: int
+    group: int | None
     past: int = 0
 
     @property
     def left(self) -> int:
         """Tokens of the prompt that were not read yet."""
         return max(self.prompt - self.past, 0)
+
+    @property
+    def copyable(self) -> int:
+        """Tokens of the prompt that need not be run when another holds them: the last two or three must be.
+
+        An even number, as of chunks, so that the rest is computed as ever: at least two at once, after an even number.
+        """
+        return max(self.prompt - 2, 0) // 2 * 2
 
 
 class Scheduler:
@@ -85,7 +114,7 @@ class Scheduler:
     wait. With its first chunk it takes the lowest free slot: prompts that nobody reads yet are no dummy rows.
     """
 
-    def __init__(self, *, slots: int, budget: int, granule: int, chunk: Callable[[int], int]) -> None:
+    def __init__(self, *, slots: int, budget: int, granule: int, chunk: Callable[[int], int], copied: int) -> None:
         """Begin with nothing to do.
 
         Args:
@@ -93,8 +122,9 @@ class Scheduler:
             budget: tokens that all of them together may reserve.
             granule: tokens that memory comes in; reservations are rounded up to it.
             chunk: most tokens of a prompt to run after so many while others wait for it: even, and at least 4.
+            copied: most tokens to copy at once: even, and at least 2.
         """
-        self._budget, self._granule, self._chunk = budget, granule, chunk
+        self._budget, self._granule, self._chunk, self._copied = budget, granule, chunk, copied
         self._queue: deque[_Place] = deque()
         self._slots: list[_Place | None] = [None] * slots
         self._reading: list[_Place] = []  # admitted, their prompts not read to the end, in order
@@ -121,13 +151,14 @@ class Scheduler:
         """Tokens that the admitted requests may come to need."""
         return sum(place.reserved for place in self._admitted)
 
-    def add(self, request: int, prompt: int, new: int) -> None:
+    def add(self, request: int, prompt: int, new: int, group: int | None = None) -> None:
         """Queue a request.
 
         Args:
             request: a number of the caller's, used by no other request that waits or runs.
             prompt: tokens of its prompt, at least 1.
             new: most tokens to generate, at least 1.
+            group: a number that only requests of the same prompt share; None for a prompt of its own.
 
         Raises:
             PromptError: it could not be admitted even alone.
@@ -138,7 +169,7 @@ class Scheduler:
             raise PromptError(
                 f"request: {needed}, expected at most {self._budget}; shorten it, lower max_tokens or raise kv_memory"
             )
-        self._queue.append(_Place(request, prompt, reserved))
+        self._queue.append(_Place(request, prompt, reserved, group))
 
     def remove(self, request: int) -> int | None:
         """Forget a request, finished or not, waiting or running; return the slot it held, if any, which is free now."""
@@ -155,7 +186,7 @@ class Scheduler:
         self._admit()
         decoding = [slot for slot, place in enumerate(self._slots) if place and not place.left]
         if self._reading and (self._decoded_last or not decoding):
-            return self._prefill(is_awaited=bool(decoding))
+            return self._read(is_awaited=bool(decoding))
         if decoding:
             first = decoding[0]
             return Decode(first, tuple(map(_row, self._slots[first : decoding[-1] + 1])))
@@ -163,8 +194,8 @@ class Scheduler:
 
     def ran(self, step: Step) -> None:
         """Note that what `schedule` returned has been run."""
-        self._decoded_last = isinstance(step, Decode)
         if isinstance(step, Decode):
+            self._decoded_last = True
             for row, place in zip(step.rows, self._slots[step.first :], strict=False):
                 if place and row.request is not None:
                     place.past += 1
@@ -172,8 +203,12 @@ class Scheduler:
         place = self._slots[step.slot]
         assert place is not None
         place.past += step.tokens
-        self._favours_oldest = not self._favours_oldest
-        if step.is_last:
+        if (
+            isinstance(step, Prefill) or step.tokens == self._copied
+        ):  # a shorter copy goes with the chunk that follows it
+            self._decoded_last = False
+            self._favours_oldest = not self._favours_oldest
+        if isinstance(step, Prefill) and step.is_last:
             self._reading.remove(place)
 
     @property
@@ -186,17 +221,32 @@ class Scheduler:
                 return
             self._reading.append(self._queue.popleft())
 
-    def _prefill(self, is_awaited: bool) -> Prefill:
+    def _read(self, is_awaited: bool) -> Prefill | Copy:
         """Return the next chunk: by turns of the prompt with the fewest tokens left and of the oldest.
 
-        So a short prompt need not wait for a long one, and the long one goes on all the same.
+        So a short prompt need not wait for a long one, and the long one goes on all the same. Of the requests of a
+        group only the first is read: what it has read the others can copy.
         """
-        place = self._reading[0] if self._favours_oldest else min(self._reading, key=lambda each: each.left)
+        firsts: dict[_Place | int, _Place] = {}
+        for each in self._reading:
+            firsts.setdefault(each if each.group is None else each.group, each)
+        place = self._reading[0] if self._favours_oldest else min(firsts.values(), key=lambda each: each.left)
         if place not in self._slots:
             self._slots[self._slots.index(None)] = place
+        slot = self._slots.index(place)
+        source = self._source(place)
+        if source is not None:
+            return Copy(place.request, slot, source, place.past, min(place.copyable - place.past, self._copied))
         most = self._chunk(place.past) if is_awaited else MOST_TOKENS
         tokens = next_chunk(place.left, most)
-        return Prefill(place.request, self._slots.index(place), place.past, tokens, is_last=tokens == place.left)
+        return Prefill(place.request, slot, place.past, tokens, is_last=tokens == place.left)
+
+    def _source(self, place: _Place) -> int | None:
+        """Return a slot that holds more of this place's prompt than it does itself."""
+        if place.group is None or place.past >= place.copyable:
+            return None
+        holds = (other and other.group == place.group and other.past >= place.copyable for other in self._slots)
+        return next((slot for slot, is_source in enumerate(holds) if is_source), None)
 
 
 def _row(place: _Place | None) -> Row:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import runtime
 from runtime.artifact import verify, write_manifest
@@ -41,8 +42,13 @@ class Poisoned(DecoderSession):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.tokens_read = 0
         for slot in range(self.slots):
             self.free(slot)
+
+    def run(self, ids: Any, *args: Any, **options: Any) -> NDArray[np.float32]:
+        self.tokens_read += len(ids)
+        return super().run(ids, *args, **options)
 
     def free(self, slot: int) -> None:
         super().free(slot)
@@ -51,7 +57,7 @@ class Poisoned(DecoderSession):
 
 
 @pytest.fixture(scope="module")
-def session(decoder_folder: Path) -> DecoderSession:
+def session(decoder_folder: Path) -> Poisoned:
     return Poisoned(decoder_folder / "model.onnx", capacity=CONTEXT, threads=1, slots=SLOTS)
 
 
@@ -97,12 +103,10 @@ def test_late_joins_cancels_and_reused_slots_change_no_answer(
     asked: list[tuple[Ticket, Prompt, Any]] = []
     for _ in range(data.draw(st.integers(1, 10))):
         prompt = data.draw(st.sampled_from(PROMPTS))
-        options = {
-            "max_tokens": data.draw(st.integers(1, 12)),
-            "sampling": data.draw(st.sampled_from([SamplingParams(), HOT])),
-            "ignore_eos": data.draw(st.booleans()),
-        }
-        asked.append((engine.add(prompt, **options), prompt, options))
+        sampling = data.draw(st.sampled_from([SamplingParams(), HOT]))
+        options = {"max_tokens": data.draw(st.integers(1, 12)), "ignore_eos": data.draw(st.booleans())}
+        for ticket in engine.add_many(prompt, data.draw(st.sampled_from([1, 1, 3])), sampling=sampling, **options):
+            asked.append((ticket, prompt, options | {"sampling": ticket.answer.request.sampling}))
         for _ in range(data.draw(st.integers(0, 6))):
             engine.step()
         if data.draw(st.integers(0, 3)) == 0:
@@ -114,6 +118,51 @@ def test_late_joins_cancels_and_reused_slots_change_no_answer(
             assert same(ticket.completion, want)
         else:  # cancelled
             assert tuple(ticket.answer.ids) == want.token_ids[: len(ticket.answer.ids)]
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 58])  # tokens; of the first two none can be copied
+def test_many_answers_to_one_prompt_are_those_of_as_many_requests(
+    engine: Engine, generator: TextGenerator, count: int
+) -> None:
+    prompt = list(range(5, 5 + count))
+    options: Any = {"max_tokens": 12, "ignore_eos": True}
+    beside = engine.add("def main():", max_tokens=60, ignore_eos=True)
+    tickets = engine.add_many(prompt, 2 * SLOTS, sampling=HOT, **options)
+    run_out(engine)
+    for index, ticket in enumerate(tickets):
+        sampling = replace(HOT, seed=HOT.seed + index)
+        assert same(ticket.completion, generator.generate(prompt, sampling=sampling, **options))
+    assert same(beside.completion, generator.generate("def main():", max_tokens=60, ignore_eos=True))
+
+
+def test_a_prompt_of_many_answers_is_read_once_and_copied_bit_for_bit(
+    engine: Engine, session: Poisoned, generator: TextGenerator
+) -> None:
+    prompt = list(range(5, 64))  # 59 tokens: 56 are copied, and 3 read by each
+    before = session.tokens_read
+    tickets = engine.add_many(prompt, 3, max_tokens=60, ignore_eos=True)
+    while not all(ticket.answer.ids for ticket in tickets):
+        engine.step()
+    assert session.tokens_read - before == 59 + 3 + 3
+    generator.generate(prompt, max_tokens=1, ignore_eos=True)
+    alone = generator.session.cache.view(0, 1)
+    for name, array in session.cache.view(0, 3).items():
+        assert all(np.array_equal(array[slot, :, :59], alone[name][0, :, :59]) for slot in range(3))
+    for ticket in tickets:
+        ticket.cancel()
+
+
+def test_an_impossible_number_of_answers_is_refused(engine: Engine) -> None:
+    with pytest.raises(PromptError, match="n: got 0, expected at least 1 answer"):
+        engine.add_many("x", 0)
+
+
+def test_the_last_seed_is_followed_by_the_first(engine: Engine) -> None:
+    sampling = SamplingParams(temperature=1, seed=2**64 - 1)
+    tickets = engine.add_many("x", 2, sampling=sampling)
+    assert [ticket.answer.request.sampling.seed for ticket in tickets] == [2**64 - 1, 0]
+    for ticket in tickets:
+        ticket.cancel()
 
 
 def test_reading_one_ticket_lets_the_others_go_on(engine: Engine, generator: TextGenerator) -> None:

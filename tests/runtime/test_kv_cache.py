@@ -45,6 +45,18 @@ def test_a_freed_slot_reads_zero_and_its_neighbours_keep_theirs(memory: type[Mem
         assert not array[1].any() and np.isnan(array[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_copy_writes_the_positions_asked_for_and_no_others(memory: type[Memory]) -> None:
+    buffers = KVBuffers(SHAPES, slots=3, capacity=10, memory=memory)
+    for array in buffers.view(0, 3).values():
+        array[:] = np.random.default_rng(0).random(array.shape, np.float32)
+    before = {name: array.copy() for name, array in buffers.view(0, 3).items()}
+    buffers.copy(source=2, slot=0, first=3, count=4)
+    for name, array in buffers.view(0, 3).items():
+        before[name][0, :, 3:7] = before[name][2, :, 3:7]
+        assert np.array_equal(array, before[name])
+
+
 def test_every_head_begins_with_a_page() -> None:
     buffers = KVBuffers(SHAPES, slots=2, capacity=10)
     assert buffers.capacity >= 10 and buffers.capacity % buffers.granule == 0

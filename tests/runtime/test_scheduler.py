@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from runtime.errors import PromptError
-from runtime.scheduler import Decode, Prefill, Row, Scheduler, Step
+from runtime.scheduler import Copy, Decode, Prefill, Row, Scheduler, Step
 
 GARBAGE = -1  # what a dummy row writes
 CHUNK = 4
+COPIED = 6  # tokens copied at once
 
 
 def scheduler(slots: int = 4, budget: int = 1000, granule: int = 1) -> Scheduler:
-    return Scheduler(slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK)
+    return Scheduler(slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=COPIED)
 
 
 def run(subject: Scheduler) -> Step:
@@ -123,6 +124,46 @@ def test_a_late_request_joins_in_the_next_step_that_reads_a_prompt() -> None:
     assert isinstance(joined, Decode) and [row.request for row in joined.rows] == [0, 1, 2, 3]
 
 
+def test_a_group_reads_its_prompt_once_and_copies_all_but_the_last_tokens() -> None:
+    subject = scheduler()
+    for request in range(3):
+        subject.add(request, prompt=7, new=5, group=0)
+    assert [run(subject) for _ in range(6)] == [
+        Prefill(0, slot=0, past=0, tokens=7, is_last=True),
+        Decode(0, (Row(0, 7),)),
+        Copy(1, slot=1, source=0, past=0, tokens=4),
+        Prefill(1, slot=1, past=4, tokens=3, is_last=True),
+        Decode(0, (Row(0, 8), Row(1, 7))),
+        Copy(2, slot=2, source=0, past=0, tokens=4),
+    ]
+
+
+def test_copies_are_cut_and_alternate_with_decodes_like_chunks() -> None:
+    subject = scheduler()
+    for request in range(2):
+        subject.add(request, prompt=16, new=5, group=0)
+    assert [run(subject) for _ in range(6)] == [
+        Prefill(0, slot=0, past=0, tokens=16, is_last=True),
+        Decode(0, (Row(0, 16),)),
+        Copy(1, slot=1, source=0, past=0, tokens=6),
+        Decode(0, (Row(0, 17),)),
+        Copy(1, slot=1, source=0, past=6, tokens=6),
+        Decode(0, (Row(0, 18),)),
+    ]
+    assert run(subject) == Copy(1, slot=1, source=0, past=12, tokens=2)
+    assert run(subject) == Prefill(1, slot=1, past=14, tokens=2, is_last=True)
+
+
+def test_a_group_whose_reader_is_gone_reads_on_from_what_was_copied() -> None:
+    subject = scheduler()
+    for request in range(2):
+        subject.add(request, prompt=16, new=5, group=0)
+    for _ in range(3):
+        run(subject)
+    assert subject.remove(0) == 0
+    assert run(subject) == Prefill(1, slot=1, past=6, tokens=10, is_last=True)
+
+
 def test_a_request_that_waits_can_be_removed() -> None:
     subject = scheduler(slots=1)
     subject.add(0, prompt=2, new=2)
@@ -140,21 +181,25 @@ class Serving(RuleBasedStateMachine):
         self.subject = scheduler(slots, budget, granule)
         self.budget, self.granule = budget, granule
         self.cells: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.group: dict[int, int] = {}  # request -> the first of those that share its prompt
         self.asked: dict[int, tuple[int, int]] = {}  # request -> prompt, new: those not ended yet
         self.made: dict[int, int] = {}  # request -> tokens generated
         self.place: dict[int, int] = {}  # request -> its slot, from its first chunk on
         self.count = 0
         self.waited: dict[int, int] = {}  # request -> steps since it last ran, once admitted
 
-    @rule(prompt=st.integers(1, 30), new=st.integers(1, 12))
-    def add(self, prompt: int, new: int) -> None:
-        try:
-            self.subject.add(self.count, prompt, new)
-        except PromptError:
-            assert -(-(prompt + new) // self.granule) * self.granule > self.budget
-        else:
-            self.asked[self.count] = (prompt, new)
-            self.count += 1
+    @rule(prompt=st.integers(1, 30), new=st.integers(1, 12), n=st.sampled_from([1, 1, 3]))
+    def add(self, prompt: int, new: int, n: int) -> None:
+        group = self.count if n > 1 else None
+        for _ in range(n):
+            try:
+                self.subject.add(self.count, prompt, new, group)
+            except PromptError:
+                assert -(-(prompt + new) // self.granule) * self.granule > self.budget
+            else:
+                self.asked[self.count] = (prompt, new)
+                self.group[self.count] = self.count if group is None else group
+                self.count += 1
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
@@ -174,7 +219,7 @@ class Serving(RuleBasedStateMachine):
         if step is None:
             return []
         self.require_fair_admission()
-        got = self.read(step) if isinstance(step, Prefill) else self.decode(step)
+        got = self.run(step)
         self.subject.ran(step)
         for request in got:
             self.made[request] += 1
@@ -182,15 +227,25 @@ class Serving(RuleBasedStateMachine):
                 self.end(request)
         return [request for request in got if request in self.asked]
 
-    def read(self, step: Prefill) -> list[int]:
-        prompt, _ = self.asked[step.request]
+    def run(self, step: Step) -> list[int]:
+        if isinstance(step, Decode):
+            return self.decode(step)
+        self.take_place(step)
+        self.require_own(step.slot, step.request, step.past)
+        return self.read(step) if isinstance(step, Prefill) else self.copy(step)
+
+    def take_place(self, step: Prefill | Copy) -> None:
         if step.request not in self.place:
             assert step.past == 0
             assert step.slot == min(set(range(len(self.cells))) - set(self.place.values()))
             self.place[step.request] = step.slot
         assert self.place[step.request] == step.slot
+
+    def read(self, step: Prefill) -> list[int]:
+        prompt, _ = self.asked[step.request]
         assert step.tokens > 1 or prompt == 1
-        self.require_own(step.slot, step.request, step.past)
+        assert step.past % 2 == 0
+        assert step.past >= self.copyable(step.request) or not self.holders(step.request)
         self.cells[step.slot] |= dict.fromkeys(range(step.past, step.past + step.tokens), step.request)
         assert step.is_last == (step.past + step.tokens == prompt)
         self.count_waits({step.request})
@@ -198,6 +253,26 @@ class Serving(RuleBasedStateMachine):
             return []
         self.made[step.request] = 0
         return [step.request]
+
+    def copy(self, step: Copy) -> list[int]:
+        """A copy ends within the prompt, so that at least two tokens are left to run, after an even number."""
+        assert step.past + step.tokens <= self.copyable(step.request)
+        assert step.tokens % 2 == 0 and 0 < step.tokens <= COPIED
+        copied = [self.cells[step.source][at] for at in range(step.past, step.past + step.tokens)]
+        assert {self.group[request] for request in copied} == {self.group[step.request]}
+        self.cells[step.slot] |= dict.fromkeys(range(step.past, step.past + step.tokens), step.request)
+        if step.tokens == COPIED:  # counts as a chunk
+            self.count_waits({step.request})
+        return []
+
+    def copyable(self, request: int) -> int:
+        return max(self.asked[request][0] - 2, 0) // 2 * 2
+
+    def holders(self, request: int) -> list[int]:
+        """Others whose slots hold as much of this request's prompt as may be copied."""
+        last = self.copyable(request) - 1
+        alike = [other for other in self.place if other != request and self.group[other] == self.group[request]]
+        return [other for other in alike if self.cells[self.place[other]].get(last) == other]
 
     def decode(self, step: Decode) -> list[int]:
         live = {row.request for row in step.rows if row.request is not None}

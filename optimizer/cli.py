@@ -22,6 +22,7 @@ from passes._interrupts import interrupts_kept
 
 _EXTRAS = {
     "cpu": {"onnxruntime"},
+    "serve": {"fastapi", "uvicorn", "httptools", "prometheus_client"},
     "optimize": {
         *("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx", "onnx_ir", "onnxscript"),
         *("optimum", "datasets", "evaluate", "sklearn", "scipy"),
@@ -221,11 +222,12 @@ def sensitivity(
 
     checked = load(recipe, settings or ())
 
+    from optimizer.drawing import require_writable
     from optimizer.pipeline import damages
-    from optimizer.sensitivity_report import lines, require_writable, write
+    from optimizer.sensitivity_report import lines, write
 
     if output is not None:
-        require_writable(output)
+        require_writable("--output", output, (".svg", ".md"))
     live: Literal["live", "plain"] = "live" if sys.stderr.isatty() else "plain"
     found = damages(checked, pass_name=step, items=items, store=store, reporter="quiet" if json else live)
     if json:
@@ -357,19 +359,26 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _explain(error)
     if result == ExitCode.INTERRUPTED:  # typer makes an exit code of Ctrl-C
-        return _tell("interrupted; the next run continues from here", ExitCode.INTERRUPTED)
+        return _tell(_interrupted(args), ExitCode.INTERRUPTED)
     return int(result or 0) if args else ExitCode.WRONG_INPUT
+
+
+def _interrupted(args: Sequence[str]) -> str:
+    """Say what Ctrl-C means: what serves an artifact keeps nothing for a next time."""
+    serving = typer.main.get_command(serving_app)
+    keeps_nothing = bool(args) and args[0] in serving.commands  # type: ignore[attr-defined]
+    return "interrupted" if keeps_nothing else "interrupted; the next run continues from here"
 
 
 def _explain(error: Exception) -> int:
     """Print what went wrong and return the exit code that says so."""
     from passes.base import PassError
-    from runtime.errors import DigestError, PromptError, SamplingError, ServingError
+    from runtime.errors import DigestError, LoadError, PromptError, SamplingError, ServingError
 
     message, code = str(error), ExitCode.CANNOT_RUN
     if isinstance(error, OptimizeError):
         code = error.exit_code
-    elif isinstance(error, DigestError | PromptError | SamplingError):
+    elif isinstance(error, DigestError | LoadError | PromptError | SamplingError):
         code = ExitCode.WRONG_INPUT
     elif hasattr(error, "format_message"):  # what typer raises for a wrong command line; its class is private
         message, code = f"{error.format_message().rstrip('.')}; see `optimize --help`", ExitCode.WRONG_INPUT

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from optimizer.errors import CommandError
+from optimizer.drawing import page, write_text
 from optimizer.sensitivity import LayerDamage, Sensitivity
 
 MOST_LINES = 40
@@ -50,17 +50,12 @@ def svg(found: Sensitivity) -> str:
     scale = _WIDTH / max([value for value in finite if math.isfinite(value)], default=1.0)
     left = 20 + _LETTER * max(len(_cells(found, layer)[0]) for layer in shown)
     height, width = _ROW * (len(shown) + 4), left + _WIDTH + _RIGHT
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        'font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="10" y="{_ROW}" font-weight="bold">{escape(title(found))}</text>',
-    ]
+    parts: list[str] = []
     for place, layer in enumerate(shown):
         parts += _row(found, layer, _ROW * (place + 2), left, scale)
     more = f"{len(rest)} more layers, {_share(found, rest)} of the damage; " if rest else ""
     parts.append(f'<text x="10" y="{height - _ROW // 2}">{escape(more + total(found))}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return page(width, height, title(found), parts)
 
 
 def write(found: Sensitivity, path: Path) -> None:
@@ -69,18 +64,7 @@ def write(found: Sensitivity, path: Path) -> None:
     Raises:
         CommandError: another name, or a place that cannot be written.
     """
-    try:
-        path.write_text({".svg": svg, ".md": markdown}[path.suffix](found), encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"{path}: cannot be written, {(error.strerror or str(error)).lower()}") from None
-
-
-def require_writable(path: Path) -> None:
-    """Refuse a name that says nothing of the form, before any work."""
-    if path.suffix not in (".svg", ".md"):
-        raise CommandError(f"--output: got {path}, expected a name that ends in .svg or .md")
-    if not path.parent.is_dir():
-        raise CommandError(f"--output: got {path}, expected a place in a folder that is there")
+    write_text(path, {".svg": svg, ".md": markdown}[path.suffix](found))
 
 
 def title(found: Sensitivity) -> str:

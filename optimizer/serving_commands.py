@@ -162,6 +162,98 @@ def rerank(
     return ExitCode.PASS
 
 
+@app.command()
+def bench(
+    target: Annotated[str, typer.Argument(metavar="DIR|URL", help="An artifact, or a server.", show_default=False)],
+    *,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Closed loop: so many clients; 8 if neither this nor --rate is given.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Open loop: so many arrivals per second, Poisson.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="How many to measure; 100 if neither this nor --seconds is given.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.001, help="Ask for so long, then wait for the rest.")] = None,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests before those that count.")] = 8,
+    input_tokens: Annotated[str, typer.Option(metavar="N|LEAST:MOST", help="Of a prompt, drawn evenly.")] = "32:128",
+    output_tokens: Annotated[str, typer.Option(metavar="N|LEAST:MOST", help="Of an answer, drawn evenly.")] = "128:256",
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help='JSON lines {"prompt": ...} or {"messages": [...]} instead.')
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Draw words, for a server that takes no token ids.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask for chat completions of drawn words.")] = False,
+    model: Annotated[str | None, typer.Option(help="Of a server; else its first.")] = None,
+    threads: Threads = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Of an artifact: most requests at once; else --concurrency, or 8.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same prompts, lengths and arrivals.")] = 0,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:MS", help="Limits of a good answer: ttft_ms, tpot_ms, e2e_ms. Repeatable."),
+    ] = None,
+    dollars_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the machine.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the latencies, .svg.")] = None,
+    json: AsJson = False,
+) -> int:
+    """Put load on an artifact or a server and measure.
+
+    A URL is any OpenAI-compatible server's; its key comes from OPENAI_API_KEY. DIR is an artifact, run in this process
+    without HTTP; an encoder reads one text at a time. Answers are greedy and go on after EOS (ignore_eos).
+
+    \b
+    TTFT     first piece - start        E2E  last piece - start
+    TPOT     (E2E - TTFT) / (n - 1) of an answer of n tokens
+    ITL      between one piece of an answer and the next
+    start    closed loop: when it was sent; open loop: its planned arrival
+    rates    over the time from the beginning to the end of the last answer
+    goodput  answers that keep every limit, per second
+    cost     input: 1e6 x dollars x share / input tokens; output: 1 - share
+    dollars  price x hours: all that passed (reserved), or computed (busy)
+    share    prefill s / (prefill s + decode s) where the target tells them
+             (DIR); else sum of TTFT / sum of E2E
+    memory   (decode steps x bytes of the weights + bytes of the cache before
+             each token) / decode s, beside what a plain read reaches here
+
+    Exit codes: 0 measured, 2 wrong input or key, 4 no answers, 130 Ctrl-C, after what was measured so far.
+    """
+    from optimizer.drawing import require_writable, write_text
+    from optimizer.load_report import lines, svg
+    from runtime.load.bench import Settings, run
+    from runtime.load.measure import Load
+    from runtime.load.metrics import read_limits
+    from runtime.load.workload import Range, read_prompts
+
+    if plot is not None:
+        require_writable("--plot", plot, (".svg",))
+    if rate is None and concurrency is None:
+        concurrency = 8
+    if requests is None and seconds is None:
+        requests = 100
+    done = run(
+        target,
+        Settings(
+            load=Load(concurrency=concurrency, rate=rate, requests=requests, seconds=seconds, warm_up=warm_up),
+            input_tokens=Range.parse("--input-tokens", input_tokens),
+            output_tokens=Range.parse("--output-tokens", output_tokens),
+            prompts=read_prompts(prompts, chat) if prompts else (),
+            form="chat" if chat else "text" if text else "ids",
+            model=model,
+            threads=threads,
+            slots=slots,
+            seed=seed,
+            limits=read_limits(goodput or ()),
+            dollars_per_hour=dollars_per_hour,
+        ),
+    )
+    typer.echo(done.to_json() if json else "\n".join(lines(done)))
+    if plot is not None:
+        write_text(plot, svg(done))
+    return ExitCode.PASS if done.is_complete else ExitCode.INTERRUPTED
+
+
 def _warn(note: str) -> None:
     """Print a remark to standard error, if there is one."""
     if note:

@@ -23,3 +23,7 @@ class PromptError(ServingError, ValueError):
 
 class SamplingError(ServingError, ValueError):
     """A sampling parameter is out of range."""
+
+
+class LoadError(ServingError, ValueError):
+    """What is asked of a load generator makes no sense: lengths, limits, an address, a key."""

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from optimizer.drawing import require_writable
 from optimizer.errors import CommandError
 from optimizer.sensitivity import LayerDamage, Sensitivity
-from optimizer.sensitivity_report import MOST_LINES, lines, markdown, require_writable, svg, write
+from optimizer.sensitivity_report import MOST_LINES, lines, markdown, svg, write
 
 WORST = LayerDamage(("model.embed_tokens", "lm_head"), "int8", 0.03, 0.002, 0.026, 0.034, 2_000_000)
 SECOND = LayerDamage(("model.layers.0.mlp.up_proj",), "int4", 0.01, 0.001, 0.008, 0.012, 500_000)
@@ -80,13 +81,14 @@ def test_a_damage_without_a_number_is_shown_and_is_null_in_json() -> None:
 
 
 def test_a_name_that_says_nothing_of_the_form_is_refused(tmp_path: Path) -> None:
+    suffixes = (".svg", ".md")
     with pytest.raises(CommandError, match=r"--output: got .*x\.png, expected a name that ends in \.svg or \.md"):
-        require_writable(tmp_path / "x.png")
+        require_writable("--output", tmp_path / "x.png", suffixes)
     with pytest.raises(CommandError, match=r"--output: got .*x\.svg, expected a place in a folder that is there"):
-        require_writable(tmp_path / "none" / "x.svg")
+        require_writable("--output", tmp_path / "none" / "x.svg", suffixes)
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(CommandError, match=r"folder\.svg: cannot be written, is a directory"):
         write(FOUND, tmp_path / "folder.svg")
-    require_writable(tmp_path / "x.svg")
+    require_writable("--output", tmp_path / "x.svg", suffixes)
     write(FOUND, tmp_path / "x.svg")
     assert (tmp_path / "x.svg").read_text() == svg(FOUND)

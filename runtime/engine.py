@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from runtime.artifact import Manifest, verify
 from runtime.errors import PromptError, ServingError
-from runtime.generation import open_decoder
+from runtime.generation import open_decoder, run_prompt
 from runtime.pace import Pace
 from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader, take_next
 from runtime.scheduler import Copy, Decode, Prefill, Scheduler
@@ -235,9 +235,9 @@ class Engine:
         if isinstance(step, Decode):
             last = [0 if row.request is None else self._tickets[row.request].answer.ids[-1] for row in step.rows]
             return self.session.decode(last, [row.past for row in step.rows], step.first)
-        ids = self._tickets[step.request].answer.request.ids[step.past : step.past + step.tokens]
+        answer = self._tickets[step.request].answer
         begin = time.perf_counter()
-        logits = self.session.run(ids, step.past, rows=[step.tokens - 1], slot=step.slot)
+        logits = run_prompt(self.session, answer, step.past, step.tokens, step.slot)
         self._pace.measured(step.tokens, step.past, time.perf_counter() - begin)
         return logits
 

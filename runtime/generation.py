@@ -6,17 +6,19 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Final, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, PromptError, ServingError
-from runtime.pace import prefill_chunks
+from runtime.pace import LEAST_TOKENS, prefill_chunks
 from runtime.request import Answer, Completion, Options, Prompt, Request, RequestReader, take_next
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
+
+MOST_LOGITS_BYTES: Final = 2**25
 
 
 class TextGenerator:
@@ -132,13 +134,49 @@ class TextStream(Iterator[str]):
         self._check_current()
         past, logits = 0, np.empty((0, 0), np.float32)
         for size in prefill_chunks(len(answer.request.ids)):
-            logits = self._generator.session.run(answer.request.ids[past : past + size], past, rows=[size - 1])
+            logits = run_prompt(self._generator.session, answer, past, size)
             past += size
         return logits
 
     def _check_current(self) -> None:
         if not self._generator.is_current(self):
             raise ServingError("stream: a later call has taken the cache over; read one answer at a time")
+
+
+def run_prompt(
+    session: DecoderSession,
+    answer: Answer,
+    past: int,
+    tokens: int,
+    slot: int = 0,
+    most_logits_bytes: int = MOST_LOGITS_BYTES,
+) -> NDArray[np.float32]:
+    """Run a chunk of an answer's prompt and let the answer score it, if it is to.
+
+    Scoring needs the logits of all positions. So that they take no more than `most_logits_bytes`, the chunk may run as
+    several, cut as `prefill_chunks` does.
+
+    Args:
+        session: whose slot holds the prompt before the chunk.
+        answer: whose prompt.
+        past: tokens of the prompt before the chunk.
+        tokens: length of the chunk.
+        slot: of the session.
+        most_logits_bytes: as said above, but for logits of 4 tokens at least.
+
+    Returns:
+        Logits `[1, V]` after the last token of the chunk, until the next call of the session.
+    """
+    ids, end = answer.request.ids, past + tokens
+    if answer.request.prompt_logprobs is None:
+        return session.run(ids[past:end], past, rows=[tokens - 1], slot=slot)
+    most = max(LEAST_TOKENS, most_logits_bytes // (4 * session.vocabulary) // 2 * 2)
+    logits: NDArray[np.float32] = np.empty((0, 0), np.float32)
+    for size in prefill_chunks(tokens, most):
+        logits = session.run(ids[past : past + size], past, slot=slot)
+        answer.score(logits, past)
+        past += size
+    return logits[-1:]
 
 
 def open_decoder(

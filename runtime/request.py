@@ -228,6 +228,7 @@ class Answer:
         ids: the tokens chosen so far, without the EOS or stop id that ended them.
         logprobs: one for each of them where they were asked for.
         prompt_logprobs: of the tokens of the prompt that were scored so far, None for the first.
+        error: what is wrong with logits that were to score the prompt.
         finish_reason: None while more tokens are wanted.
         stop_reason: the stop string or stop id that ended it.
     """
@@ -237,6 +238,7 @@ class Answer:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
+        self.error: SessionError | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self._detokenizer = tokenizer.detokenizer()
@@ -253,13 +255,14 @@ class Answer:
         return Draw(request.sampling, len(request.ids) + len(self.ids), self._counts, banned)
 
     def take(self, token: int, logits: NDArray[np.float32]) -> Piece:
-        """Grow by a token that was chosen by these logits `[V]`."""
-        self._chosen += 1
-        if self._chosen == 1:
+        """Grow by a token that was chosen by these logits `[V]`; an answer of no tokens ends without it."""
+        if not self._first_at:
             self._first_at = time.perf_counter()
-        if self._counts is not None:
-            self._counts.add(token)
-        piece = self._ended_by(token) or self._grown_by(token, logits)
+        if self.request.max_tokens:
+            self._chosen += 1
+            piece = self._ended_by(token) or self._grown_by(token, logits)
+        else:
+            self.finish_reason, piece = "length", Piece("")
         self._text.append(piece.text)
         if self.finish_reason is not None:
             self._ended_at = time.perf_counter()
@@ -269,20 +272,17 @@ class Answer:
         """Note the logprobs of the prompt's tokens that follow those from `past` on, of which these are the logits.
 
         Args:
-            logits: `[T, V]`.
+            logits: `[T, V]`; if they are no numbers, that is noted as `error`.
             past: tokens of the prompt before the first of the T.
-
-        Raises:
-            SessionError: the logits are no numbers.
         """
         assert self.request.prompt_logprobs is not None
-        followed_by = self.request.ids[past + 1 : past + 1 + len(logits)].tolist()
-        self.prompt_logprobs += token_logprobs(logits[: len(followed_by)], followed_by, self.request.prompt_logprobs)
-
-    def end(self) -> None:
-        """End without a token, as a request of none does after its prompt."""
-        self.finish_reason = "length"
-        self._first_at = self._ended_at = time.perf_counter()
+        next_ids = self.request.ids[past + 1 : past + 1 + len(logits)].tolist()
+        try:
+            scored = token_logprobs(logits[: len(next_ids)], next_ids, self.request.prompt_logprobs)
+        except SessionError as error:
+            self.error = error
+        else:
+            self.prompt_logprobs += scored
 
     def completion(self, away_s: float = 0.0) -> Completion:
         """Return the whole of a finished answer; seconds that passed elsewhere since its first token do not count."""
@@ -309,6 +309,8 @@ class Answer:
 
     def _grown_by(self, token: int, logits: NDArray[np.float32]) -> Piece:
         self.ids.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
         logprobs: Sequence[TokenLogprob] = ()
         if self.request.logprobs is not None:
             logprobs = token_logprobs(logits[None], [token], self.request.logprobs)
@@ -338,10 +340,13 @@ def take_next(answers: Sequence[Answer], logits: NDArray[np.float32]) -> list[Pi
     A row that is no numbers gives an error in place of a piece, and says nothing about the others.
     """
     tokens = choose(logits, [answer.draw() for answer in answers])
-    return [
-        token if isinstance(token, SessionError) else answer.take(token, row)
-        for answer, token, row in zip(answers, tokens, logits, strict=True)
-    ]
+    return [_piece_or_error(answer, token, row) for answer, token, row in zip(answers, tokens, logits, strict=True)]
+
+
+def _piece_or_error(answer: Answer, token: int | SessionError, logits: NDArray[np.float32]) -> Piece | SessionError:
+    if isinstance(token, SessionError):
+        return token
+    return answer.error or answer.take(token, logits)
 
 
 class StopStrings:

@@ -157,7 +157,7 @@ class Scheduler:
         Args:
             request: a number of the caller's, used by no other request that waits or runs.
             prompt: tokens of its prompt, at least 1.
-            new: most tokens to generate, at least 1.
+            new: most tokens to generate; one that generates none is to be removed when its prompt has run.
             group: a number that only requests of the same prompt share; None for a prompt of its own.
 
         Raises:

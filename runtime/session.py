@@ -182,6 +182,8 @@ class DecoderSession:
     def free(self, slot: int) -> None:
         """Give a slot's memory back to the system, where it allows, and make its cache read as zeros."""
         self.cache.free(slot)
+        if slot in self._chunks and self._chunks[slot].rows > 1:
+            del self._chunks[slot]  # logits of many positions
 
     def _bind(self, first: int, rows: int, logits: NDArray[np.float32]) -> _Binding:
         return _Binding(self._session, self._signature.small, self.cache.view(first, rows), logits)
@@ -206,6 +208,11 @@ class _Binding:
         self._bind("total_sequence_length", self._total)
         self._bind_ids((batch, 1))
         self._bind_rows(logits)
+
+    @property
+    def rows(self) -> int:
+        """How many rows of logits it has memory for."""
+        return len(self._logits)
 
     def run(
         self, ids: NDArray[np.int64], pasts: Sequence[int], rows: NDArray[Any] | None = None

@@ -18,8 +18,8 @@ import runtime
 from runtime.artifact import verify, write_manifest
 from runtime.engine import Engine, Occupancy, Ticket
 from runtime.errors import ArtifactError, PromptError, ServingError, SessionError
-from runtime.generation import TextGenerator
-from runtime.request import Completion, Prompt
+from runtime.generation import TextGenerator, run_prompt
+from runtime.request import Answer, Completion, Prompt
 from runtime.sampler import SamplingParams
 from runtime.session import DecoderSession
 
@@ -322,3 +322,77 @@ def test_a_request_may_be_read_by_another_thread_and_added_later(engine: Engine,
     assert same(ticket.completion, generator.generate("def main():", max_tokens=6, ignore_eos=True))
     with pytest.raises(PromptError, match="max_tokens: got it beside a request"):
         engine.add(request, max_tokens=3)
+
+
+SCORED = "the quick brown fox jumps over the lazy dog"
+
+
+def exact_logprobs(session: DecoderSession, ids: list[int]) -> list[float]:
+    logits = session.run(ids).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return [float(row[token]) for row, token in zip(logits, ids[1:], strict=False)]
+
+
+def test_prompt_logprobs_are_those_of_the_model_and_the_same_in_small_chunks(
+    engine: Engine, generator: TextGenerator
+) -> None:
+    options: Any = {"max_tokens": 3, "prompt_logprobs": 2, "logprobs": 0, "ignore_eos": True}
+    alone = generator.generate(SCORED, **options).prompt_logprobs
+    beside = engine.add("日本", max_tokens=20, ignore_eos=True)  # chunks of 4 while it waits
+    ticket = engine.add(SCORED, **options)
+    run_out(engine)
+    assert beside.is_finished and ticket.completion.prompt_logprobs == alone
+    assert alone is not None and alone[0] is None
+    ids = generator.tokenizer.encode(SCORED)
+    assert [each.token for each in alone if each] == ids[1:]
+    got = [each.logprob for each in alone if each]
+    assert np.allclose(got, exact_logprobs(generator.session, ids), rtol=0, atol=1e-6)  # exp in float32
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 10])
+def test_prompt_logprobs_do_not_depend_on_how_many_logits_are_held_at_once(
+    engine: Engine, generator: TextGenerator, rows: int
+) -> None:
+    request = engine.read(SCORED, prompt_logprobs=2)
+    whole, cut = (Answer(request, generator.tokenizer) for _ in range(2))
+    session, tokens = generator.session, len(request.ids)
+    last = run_prompt(session, whole, 0, tokens).copy()
+    assert np.array_equal(run_prompt(session, cut, 0, tokens, most_logits_bytes=rows * 4 * session.vocabulary), last)
+    assert cut.prompt_logprobs == whole.prompt_logprobs and len(cut.prompt_logprobs) == tokens
+
+
+def test_a_prompt_may_be_scored_without_a_token(engine: Engine, generator: TextGenerator) -> None:
+    others = [engine.add("the", max_tokens=20, ignore_eos=True) for _ in range(SLOTS)]
+    full = list(np.arange(CONTEXT) % 280)
+    tickets = [engine.add(prompt, max_tokens=0, prompt_logprobs=0) for prompt in (SCORED, [5], full)]
+    run_out(engine)
+    assert all(other.completion.finish_reason == "length" for other in others)
+    for ticket, prompt in zip(tickets, (SCORED, [5], full), strict=True):
+        completion = ticket.completion
+        assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), "length")
+        assert completion.prompt_tokens == len(completion.prompt_logprobs or ())
+        assert completion.decode_tokens_per_s is None and completion.ttft_s > 0
+        assert same(completion, generator.generate(prompt, max_tokens=0, prompt_logprobs=0))
+    with pytest.raises(PromptError, match="got 129 tokens, expected at most the context of 128"):
+        engine.add([*full, 5], max_tokens=0, prompt_logprobs=0)
+
+
+def test_a_prompt_of_no_numbers_is_not_scored(engine: Engine, session: DecoderSession) -> None:
+    beside = engine.add("the", max_tokens=20, ignore_eos=True)
+    engine.step()
+    ticket = engine.add(list(range(3, 30)), max_tokens=0, prompt_logprobs=1)
+    while len(ticket.answer.prompt_logprobs) == 1:
+        engine.step()
+    for array in session.cache.view(1, 1).values():
+        array[:] = np.nan
+    with pytest.raises(SessionError, match="expected numbers"):
+        list(ticket)
+    run_out(engine)
+    assert beside.completion.finish_reason == "length"
+
+
+def test_logits_of_many_positions_are_given_back_with_the_slot(decoder_folder: Path) -> None:
+    engine = Engine.load(decoder_folder, threads=1, slots=2)
+    engine.generate(["the quick", "brown fox"], max_tokens=0, prompt_logprobs=0)
+    assert not any(binding.rows > 1 for binding in engine.session._chunks.values())

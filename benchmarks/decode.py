@@ -1,10 +1,10 @@
-"""Single-stream prefill and decode, ours and its peers side by side in one run.
+"""Prefill and decode, ours and its peers side by side in one run: contexts, one sequence and several at once.
 
-Every engine answers the same prompts greedily, in a process and a Python environment of its own. Engines take turns
-within a round, in an order that rotates from round to round, so that a busy minute of the machine meets all alike; a
-ratio is formed within a round before its median is taken. Weights are random: speed does not depend on them.
+Every engine reads the same prompts and answers greedily, in a process and a Python environment of its own, taking turns
+(`turns.py`). Weights are random: speed does not depend on them. Two tables for each shape: all heads in 8 bits, and the
+smallest form of each.
 
-    python benchmarks/decode.py --peers-python PEERS/bin/python --work DIR
+    python benchmarks/decode.py --peers-python PEERS/bin/python --openvino-python OV/bin/python --work DIR
 
 `benchmarks/README.md` says how to make the peers' environments. A peer that is missing is named, and left out.
 """
@@ -12,163 +12,79 @@ ratio is formed within a round before its median is taken. Weights are random: s
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from engines.protocol import Answer
-from report import Spread, header, machine, say, table, write_json
-from shapes import SHAPES, TOKENIZER_VOCABULARY, write_shape
-from variants import BENCHMARKS, Missing, Setting, Variant, Weights, environment, variants
-
-REST_S = 0.2  # lets spinning worker threads of the engine before go to sleep
+from report import Spread, header, machine, table, write_json
+from shapes import SHAPES, Shape
+from turns import Cell, Load, Measured, measure, ratio
+from variants import BEST, EQUAL, Setting, variants
 
 
-@dataclass(frozen=True)
-class Load:
-    """What each request asks for."""
-
-    prompt_tokens: int
-    new_tokens: int
-    threads: int
-    rounds: int
-
-
-class Process:
-    """An engine's process with its model loaded."""
-
-    def __init__(self, variant: Variant, python: Path, weights: Weights, load: Load, log: Path) -> None:
-        self.variant, self.weights = variant, weights
-        command = [str(python), "-m", f"engines.{variant.module}", str(weights.path)]
-        threads = str(load.threads if variant.sets_threads else 0)
-        command += ["--threads", threads, "--context", str(load.prompt_tokens + load.new_tokens + 8)]
-        search = [BENCHMARKS, BENCHMARKS.parent] if variant.is_ours else [BENCHMARKS]
-        self._log = log
-        with log.open("w") as stderr:
-            self._process = subprocess.Popen(
-                command,
-                env={**environment(*search), "OMP_NUM_THREADS": str(load.threads)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        self.versions: dict[str, str] = self._receive()
-
-    def generate(self, prompt: Sequence[int], new_tokens: int) -> Answer:
-        """Answer one request; raise Missing when the process has died."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": new_tokens}) + "\n")
-        self._process.stdin.flush()
-        return Answer(**self._receive())
-
-    def close(self) -> None:
-        """End the process and wait for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-
-    def _receive(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            last = (self._log.read_text().strip() or "no message").splitlines()[-1]
-            raise Missing(f"{self.variant.label}: its process ended: {last}")
-        return json.loads(line)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One variant's answers, one per round."""
-
-    variant: Variant
-    weights: Weights
-    versions: dict[str, str]
-    prefill: list[float]
-    decode: list[float]
-
-
-def measure(shape: str, setting: Setting, load: Load, wanted: Sequence[Variant]) -> tuple[list[Measured], list[str]]:
-    """Measure one shape; return the results and what is missing."""
-    source = setting.work / "shapes" / shape
-    write_shape(SHAPES[shape], source)
-    processes, missing = _start(wanted, setting, load, source)
-    answers: dict[str, list[Answer]] = {process.variant.label: [] for process in processes}
-    random = np.random.default_rng(0)
-    for index in range(-1, load.rounds):  # round -1 warms up
-        prompt = random.integers(1, TOKENIZER_VOCABULARY, load.prompt_tokens).tolist()
-        first = index % max(len(processes), 1)
-        for process in processes[first:] + processes[:first]:
-            answer = process.generate(prompt, load.new_tokens)
-            assert len(answer.tokens) == load.new_tokens, process.variant.label
-            if index >= 0:
-                answers[process.variant.label].append(answer)
-            time.sleep(REST_S)
-        say(f"{shape}: round {index + 1} of {load.rounds}, load {os.getloadavg()[0]:.1f}")
-    results = []
-    for process in processes:
-        process.close()
-        given = answers[process.variant.label]
-        prefill = [load.prompt_tokens / answer.prefill_s for answer in given]
-        decode = [(load.new_tokens - 1) / answer.decode_s for answer in given]
-        results.append(Measured(process.variant, process.weights, process.versions, prefill, decode))
-    return results, missing
-
-
-def _start(wanted: Sequence[Variant], setting: Setting, load: Load, source: Path) -> tuple[list[Process], list[str]]:
-    processes, missing = [], []
-    logs = setting.work / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    for variant in wanted:
-        say(f"{source.name}: preparing {variant.label}")
-        try:
-            python = variant.interpreter(setting)
-            weights = variant.build(setting, source)
-            log = logs / f"{source.name}-{variant.label.replace(' ', '-').replace(',', '')}.log"
-            processes.append(Process(variant, python, weights, load, log))
-        except Missing as reason:
-            missing.append(str(reason))
-            say(f"missing: {reason}")
-    return processes, missing
-
-
-def speed_table(results: Sequence[Measured]) -> str:
-    """Return the absolute numbers: median (lowest to highest) of the rounds."""
-    columns = ["engine", "blocks", "head", "MB", "prefill tokens/s", "decode tokens/s"]
+def engine_table(results: Sequence[Measured]) -> str:
+    """Return what each engine was given and how it was set."""
+    columns = ["engine", "blocks", "head", "MB", "MB of a pass", "cache", "settings"]
     rows = [
         [
             one.variant.label,
             one.weights.body,
             one.weights.head,
             f"{one.weights.size_bytes / 1e6:.0f}",
-            Spread.of(one.prefill).text(0),
-            Spread.of(one.decode).text(1),
+            f"{one.weights.step_bytes / 1e6:.0f}",
+            one.facts.cache,
+            one.facts.settings,
         ]
         for one in results
     ]
     return table(columns, rows)
 
 
-def ratios(results: Sequence[Measured]) -> list[tuple[str, str, Spread, Spread]]:
-    """Return (ours, peer, prefill ratio, decode ratio) for every pair, formed round by round."""
-    return [
-        (
-            mine.variant.label,
-            peer.variant.label,
-            Spread.of([a / b for a, b in zip(mine.prefill, peer.prefill, strict=True)]),
-            Spread.of([a / b for a, b in zip(mine.decode, peer.decode, strict=True)]),
-        )
+def speed_table(results: Sequence[Measured], cells: Sequence[Cell]) -> str:
+    """Return the tokens per second of all sequences together: median (lowest to highest) of the rounds."""
+    rows = [
+        [one.variant.label, *(Spread.of(one.speeds[cell]).text(0) if cell in one.speeds else "" for cell in cells)]
+        for one in results
+    ]
+    return table(["tokens/s", *map(str, cells)], rows)
+
+
+def ratio_table(results: Sequence[Measured], cells: Sequence[Cell]) -> str:
+    """Return ours to each peer, formed round by round; of a peer's settings, its best in each cell."""
+    rows = [
+        [f"{mine.variant.label} / {name}", *(_best_ratio(mine, peers, cell) for cell in cells)]
         for mine in results
         if mine.variant.is_ours
-        for peer in results
-        if not peer.variant.is_ours
+        for name, peers in _peers(results).items()
     ]
+    return table(["ours / peer", *map(str, cells)], rows)
+
+
+def _best_ratio(mine: Measured, peers: Sequence[Measured], cell: Cell) -> str:
+    best = max(peers, key=lambda peer: Spread.of(peer.speeds.get(cell, [0.0])).median)
+    spread = ratio(mine, best, cell)
+    return spread.text(2) if spread else ""
+
+
+def _peers(results: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """Return the peers, those that differ in their settings alone together."""
+    peers: dict[str, list[Measured]] = {}
+    for one in results:
+        if not one.variant.is_ours:
+            peers.setdefault(one.variant.weights_label, []).append(one)
+    return peers
+
+
+def traffic_table(shape: Shape, results: Sequence[Measured], cells: Sequence[Cell]) -> str:
+    """Return the megabytes that are read for one token: weights, shared by the sequences, and its own cache."""
+    numbers = 2 * shape.layers * shape.kv_heads * shape.head_width  # of a token in the cache
+
+    def megabytes(one: Measured, cell: Cell) -> float:
+        cache = cell.context * numbers * one.facts.cache_bits / 8
+        return (one.weights.step_bytes / cell.sequences + cache) / 1e6
+
+    rows = [[one.variant.label, *(f"{megabytes(one, cell):.0f}" for cell in cells)] for one in results]
+    return table(["MB read per token", *map(str, cells)], rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -179,9 +95,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--openvino-python", type=Path, help="interpreter with openvino and optimum-intel")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2-135m", "qwen2.5-0.5b"])
     parser.add_argument("--only", nargs="+", default=[], help="engines whose label contains one of these words")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096], help="tokens of the prompts")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="decoded at once")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="in a turn; half of it for several, and for long ones"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the numbers of every round here")
     return parser.parse_args()
@@ -193,38 +112,43 @@ def main() -> None:
     # Made absolute, never resolved: a virtual environment's interpreter is a link, and following it leaves it.
     pythons = [python and python.absolute() for python in (options.peers_python, options.openvino_python)]
     setting = Setting(options.work.absolute(), *pythons)
-    load = Load(options.prompt_tokens, options.new_tokens, options.threads, options.rounds)
+    load = Load(tuple(options.contexts), tuple(options.sequences), options.new_tokens, options.threads, options.rounds)
     wanted = [v for v in variants() if not options.only or any(word in v.label for word in options.only)]
+    reading = [Cell(context) for context in load.contexts]
+    decoding = [Cell(context, sequences) for sequences in load.sequences for context in load.contexts]
+    tokens = ", ".join(f"{load.tokens(cell)} ({cell})" for cell in decoding)
     about = machine() | {
-        "load per request": f"prompt {load.prompt_tokens}, {load.new_tokens} new tokens, greedy, one sequence",
+        "new tokens of each sequence in a turn": tokens,
         "threads": str(load.threads),
         "repetitions": f"{load.rounds} rounds, engines taking turns; median (lowest to highest)",
     }
     sections, document = [], []
     libraries: dict[str, str] = {}
-    for shape in options.shapes:
-        results, missing = measure(shape, setting, load, wanted)
+    for name in options.shapes:
+        results, missing = measure(name, setting, load, wanted)
         for one in results:
-            libraries |= one.versions
-        sections += [f"### {shape}\n", speed_table(results)]
-        pairs = [[a, b, prefill.text(2), decode.text(2)] for a, b, prefill, decode in ratios(results)]
-        if pairs:
-            sections.append(table(["ours", "peer", "prefill, ours / peer", "decode, ours / peer"], pairs))
+            libraries |= one.facts.versions
+        sections += [f"### {name}\n", engine_table(results)]
+        for title in (EQUAL, BEST):
+            chosen = [one for one in results if title in one.variant.tables]
+            cells = [*reading, *decoding] if any(cell in one.speeds for one in chosen for cell in reading) else decoding
+            sections += [f"#### {name}, {title}\n", speed_table(chosen, cells), ratio_table(chosen, cells)]
+        sections += [f"#### {name}, traffic\n", traffic_table(SHAPES[name], results, decoding)]
         sections += [f"Missing: {reason}\n" for reason in missing]
-        document.append({"shape": shape, "missing": missing, "engines": [_record(one) for one in results]})
+        document.append({"shape": name, "missing": missing, "engines": [_record(one) for one in results]})
     features = libraries.pop("llama.cpp built with", None)
     if features:
         about["llama.cpp built with"] = features
-    print(header("Single-stream prefill and decode", about, libraries))
+    print(header("Prefill and decode", about, libraries))
     print("\n".join(sections))
     if options.json:
         write_json(options.json, {"about": about, "versions": libraries, "load": asdict(load), "shapes": document})
 
 
 def _record(one: Measured) -> dict[str, object]:
-    weights = {"body": one.weights.body, "head": one.weights.head, "bytes": one.weights.size_bytes}
-    speeds = {"prefill_tokens_per_s": one.prefill, "decode_tokens_per_s": one.decode}
-    return {"engine": one.variant.label, "weights": weights, "versions": one.versions, **speeds}
+    weights = {key: value for key, value in asdict(one.weights).items() if key != "path"}
+    speeds = {str(cell): values for cell, values in one.speeds.items()}
+    return {"engine": one.variant.label, "weights": weights, "facts": asdict(one.facts), "tokens_per_s": speeds}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from decode import Load, Measured, measure
 from encoder_chains import WEIGHTS, EncoderLoad, encoder_sections
 from report import Spread, header, machine, table, versions, write_json
 from shapes import SHAPES
+from turns import Cell, Load, Measured, measure, ratio
 from variants import Setting, Variant, ours
 
 CHAINS: dict[str, tuple[str, ...]] = {
@@ -25,38 +25,42 @@ CHAINS: dict[str, tuple[str, ...]] = {
     "+ fuse_norm": ("fuse_gqa", "fuse_norm"),
     "+ fuse_gate": ("fuse_gqa", "fuse_norm", "fuse_gate"),
 }
+READING, DECODING = Cell(128), Cell(128, 1)
 
 
 def chains(group_size: int) -> list[Variant]:
     """Return one variant per chain."""
-    return [ours(group_size, label, fusions) for label, fusions in CHAINS.items()]
+    return [ours(group_size, "int4", label=label, fusions=fusions) for label, fusions in CHAINS.items()]
 
 
 def gain_rows(results: list[Measured]) -> list[list[str]]:
     """Return each chain's speed and its ratio to the chain before it, formed round by round."""
     rows = []
     for before, one in zip([results[0], *results], results, strict=False):
-        prefill = Spread.of([a / b for a, b in zip(one.prefill, before.prefill, strict=True)])
-        decode = Spread.of([a / b for a, b in zip(one.decode, before.decode, strict=True)])
-        speeds = [Spread.of(one.prefill).text(0), prefill.text(2), Spread.of(one.decode).text(1), decode.text(2)]
+        speeds = []
+        for cell in (READING, DECODING):
+            gain = ratio(one, before, cell)
+            speeds += [Spread.of(one.speeds[cell]).text(1), gain.text(2) if gain else ""]
         rows.append([one.variant.label, f"{one.weights.size_bytes / 1e6:.1f}", *speeds])
     return rows
 
 
 def decoder_report(options: argparse.Namespace) -> Report:
     """Measure the decoder shapes."""
-    load = Load(prompt_tokens=128, new_tokens=64, threads=options.threads, rounds=options.rounds)
-    about = {"load per request": f"prompt {load.prompt_tokens}, {load.new_tokens} new tokens, greedy, one sequence"}
+    load = Load((READING.context,), (DECODING.sequences,), 64, options.threads, options.rounds)
+    about = {"load per request": f"prompt {READING.context}, {load.new_tokens} new tokens, greedy, one sequence"}
     setting = Setting(options.work.absolute(), None, None)
     sections, document, libraries = [], [], dict[str, str]()
     for shape in options.shapes:
         results, missing = measure(shape, setting, load, chains(options.group_size))
         for one in results:
-            libraries |= one.versions
+            libraries |= one.facts.versions
         columns = ["chain", "MB", "prefill tokens/s", "gain", "decode tokens/s", "gain"]
         sections += [f"### {shape}, int4 g{options.group_size}\n", table(columns, gain_rows(results))]
         sections += [f"Missing: {reason}\n" for reason in missing]
-        speeds = [{"chain": r.variant.label, "prefill": r.prefill, "decode": r.decode} for r in results]
+        speeds = [
+            {"chain": r.variant.label, "prefill": r.speeds[READING], "decode": r.speeds[DECODING]} for r in results
+        ]
         document.append({"shape": shape, "chains": speeds})
     return Report(about, libraries, sections, {"shapes": document})
 

@@ -31,7 +31,7 @@ name: {name}
 model: {model}
 target: {{device: cpu, threads: {threads}}}
 passes:
-  - quantize_rtn: {{format: int4, group_size: {group_size}, embedding: int4, lm_head: int4}}
+  - quantize_rtn: {{format: int4, group_size: {group_size}, embedding: {head}, lm_head: {head}}}
   - export_onnx
 {fusions}"""
 FUSIONS = ("fuse_gqa", "fuse_norm")
@@ -49,6 +49,7 @@ class Job:
     Attributes:
         source: the Hugging Face folder.
         home: a folder of its own for recipe, store and artifact.
+        head: format of the head and of the embedding tied to it.
     """
 
     source: Path
@@ -56,6 +57,7 @@ class Job:
     group_size: int = 32
     threads: int = 2
     fusions: tuple[str, ...] = FUSIONS
+    head: str = "int4"
 
     @property
     def artifact(self) -> Path:
@@ -69,6 +71,7 @@ class Job:
         recipe = self.home / "recipe.yaml"
         name = f"{self.source.name}-int4-g{self.group_size}"
         fields = {"name": name, "model": self.source, "threads": self.threads, "group_size": self.group_size}
+        fields["head"] = self.head
         fields["fusions"] = "".join(f"  - {fusion}\n" for fusion in self.fusions)
         recipe.write_text(RECIPE.format_map(fields))
         return [sys.executable, "-m", "optimizer.cli", str(recipe), "--output", str(self.artifact), "--json"]

@@ -2,8 +2,8 @@
 
 Each folder is what a Hugging Face folder would be: `config.json` in the Hub's own style, safetensors shards with an
 index, `generation_config.json` and a working byte-level BPE tokenizer (8,000 tokens trained on the standard library;
-the rest of the vocabulary is never produced by it, only by the model). One shard holds one block, so the writer needs
-the memory of the largest tensor, not of the model.
+the rest of the vocabulary has made-up names: the model produces them, no text does). One shard holds one block, so the
+writer needs the memory of the largest tensor, not of the model.
 
     python benchmarks/shapes.py qwen2.5-0.5b FOLDER
     python benchmarks/shapes.py llama-3.2-1b FOLDER --layers 8
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|endoftext|>"
 TOKENIZER_VOCABULARY = 8000
+FORMAT = 2  # of a folder: an older one is written again
 STANDARD_DEVIATION = 0.02  # the initializer_range of both families
 
 
@@ -162,7 +163,7 @@ def shards(shape: Shape) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 
 def write_shape(shape: Shape, folder: Path, seed: int = 0) -> None:
     """Write a model of this shape with random bf16 weights; a folder that is already complete is left as it is."""
-    described = {"shape": asdict(shape), "seed": seed}
+    described = {"shape": asdict(shape), "seed": seed, "format": FORMAT}
     done = folder / "shape.json"
     if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(described)):
         return
@@ -180,7 +181,7 @@ def write_shape(shape: Shape, folder: Path, seed: int = 0) -> None:
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": names})
     _write_json(folder / "config.json", config(shape))
     _write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 0})
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, shape.vocabulary)
     _write_json(done, described)
 
 
@@ -190,7 +191,7 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator)
     return torch.empty(size, dtype=torch.bfloat16).normal_(std=STANDARD_DEVIATION, generator=generator)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -202,7 +203,9 @@ def _write_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train([str(path) for path in sources], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    described = json.loads(tokenizer.to_str())
+    described["model"]["vocab"] |= {f"[{token}]": token for token in range(tokenizer.get_vocab_size(), vocabulary)}
+    _write_json(folder / "tokenizer.json", described)
     _write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END},

@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import json
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
 
-from engines.protocol import Answer, serve
+from engines.protocol import Facts, Limits, serve
+
+READ_AGAIN_TOKENS = 256  # so long a prompt at most; after a longer one the few tokens that were added matter less
 
 
 class Genai:
-    """One model; a generator, and so a key/value cache, per request, as its users drive it."""
+    """One model; a generator, and so a cache, per request, as its users drive it.
 
-    def __init__(self, model: Path, threads: int, context: int) -> None:
+    It cannot copy a sequence: the prompt is read again, so many times in one batch. Nor can a batch go back: a short
+    prompt is read once more, after a long one the batch goes on.
+    """
+
+    def __init__(self, model: Path, limits: Limits) -> None:
         config = og.Config(str(model))
-        if threads:
-            session_options = {"intra_op_num_threads": threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
+        session_options = {"intra_op_num_threads": limits.threads}  # it takes one of two cores unless told otherwise
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
         self._model = og.Model(config)
-        self._context = context
+        self._context = limits.context
+        self._generator: og.Generator | None = None
+        self._prompt: list[int] = []
+        self._sequences = 0
 
-    def versions(self) -> dict[str, str]:
-        return {name: version(name) for name in ("onnxruntime-genai", "onnxruntime")}
+    def facts(self) -> Facts:
+        libraries = {"onnxruntime-genai": version("onnxruntime-genai"), "genai's onnxruntime": version("onnxruntime")}
+        return Facts(libraries, "float32", 32, "-")
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Answer:
-        length = len(prompt) + new_tokens
+    def read(self, prompt: list[int]) -> None:
+        self._prompt = prompt
+        self._read(1)
+
+    def hold(self, sequences: int) -> None:
+        if sequences != self._sequences or (sequences > 1 and len(self._prompt) <= READ_AGAIN_TOKENS):
+            self._read(sequences)
+        elif sequences == 1:
+            self._generator.rewind_to(len(self._prompt) - 1)
+            self._append(self._prompt[-1:])
+
+    def decode(self, tokens: int) -> list[list[int]]:
+        for _ in range(tokens):
+            self._generator.generate_next_token()
+        return [self._generator.get_sequence(row)[-tokens:].tolist() for row in range(self._sequences)]
+
+    def _read(self, sequences: int) -> None:
+        self._generator = None  # gives its cache back before the next one takes its own
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(do_sample=False, min_length=length, max_length=self._context)
-        generator = og.Generator(self._model, parameters)
-        start = time.perf_counter()
-        generator.append_tokens(np.array(prompt, np.int32))
-        generator.generate_next_token()
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            generator.generate_next_token()
-        end = time.perf_counter()
-        return Answer(first - start, end - first, generator.get_sequence(0)[len(prompt) :].tolist())
+        parameters.set_search_options(
+            do_sample=False, min_length=self._context, max_length=self._context, batch_size=sequences
+        )
+        self._generator = og.Generator(self._model, parameters)
+        self._sequences = sequences
+        self._append(self._prompt)
+
+    def _append(self, tokens: list[int]) -> None:
+        self._generator.append_tokens(np.array([tokens] * self._sequences, np.int32))
+        self._generator.generate_next_token()
 
 
 if __name__ == "__main__":

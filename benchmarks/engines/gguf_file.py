@@ -1,8 +1,8 @@
 """Write a Llama or Qwen2 folder as GGUF f16 and let llama.cpp quantize it to Q4_0.
 
-    python -m engines.gguf_file SHAPE_FOLDER OUT.gguf --head default|q4_0
+    python -m engines.gguf_file SHAPE_FOLDER OUT.gguf --head q8_0|q4_0
 
-Beside the file stands `OUT.gguf.json` with the formats that llama.cpp really chose, read back from the file.
+Beside the file stands `OUT.gguf.json` with what llama.cpp really wrote, read back from the file.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def write_f16(source: Path, out: Path) -> None:
 
 
 def quantize(source: Path, out: Path, head: str) -> None:
-    """Quantize to Q4_0 as llama.cpp does; `head` "q4_0" asks for 4 bits in the tied embedding and head too."""
+    """Quantize to Q4_0 as llama.cpp does; the tied embedding and head in the format `head`."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = Q4_0_FILE
     parameters.nthread = 2
-    if head == "q4_0":
-        parameters.output_tensor_type = parameters.token_embedding_type = int(gguf.GGMLQuantizationType.Q4_0)
+    parameters.output_tensor_type = parameters.token_embedding_type = int(gguf.GGMLQuantizationType[head.upper()])
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
     if code:
         raise RuntimeError(f"{source}: llama_model_quantize failed with code {code}")
 
 
-def describe(path: Path) -> dict[str, str]:
-    """Return the formats of the body and of the tied head."""
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    head = types.get("output.weight") or types["token_embd.weight"]
+def describe(path: Path) -> dict[str, str | int]:
+    """Return the formats of the body and of the tied head, and the bytes of all tensors: each pass reads them."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
     body = sorted({kind for name, kind in types.items() if name.startswith("blk.") and kind != "F32"})
-    return {"body": ", ".join(body), "head": head}
+    step_bytes = sum(int(tensor.n_bytes) for tensor in tensors.values())
+    return {"body": ", ".join(body), "head": types["token_embd.weight"], "step_bytes": step_bytes}
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _write_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], vocabulary: int) -> None:
-    tokens = [f"[unused {i}]" for i in range(vocabulary)]
+    tokens = [""] * vocabulary
     for token, i in tokenizer["model"]["vocab"].items():
         tokens[i] = token
     writer.add_tokenizer_model("gpt2")
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--head", choices=("default", "q4_0"), default="default")
+    parser.add_argument("--head", choices=("q8_0", "q4_0"), default="q8_0")
     options = parser.parse_args()
     f16 = options.out.with_suffix(".f16.gguf")
     write_f16(options.source, f16)

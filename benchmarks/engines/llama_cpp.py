@@ -2,57 +2,85 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import llama_cpp as lib
 import numpy as np
 
-from engines.protocol import Answer, serve
+from engines.protocol import Facts, Limits, serve
+
+BATCH, CHUNK = 2048, 512  # tokens that are given and computed at once: llama.cpp's defaults
+FLASH = {"flash": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, "plain": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED}
 
 
 class LlamaCpp:
-    """One context, cleared before each request."""
+    """One context with a stream, a cache of its own, for each sequence; cleared before each prompt.
 
-    def __init__(self, model: Path, threads: int, context: int) -> None:
+    Its setting is the kind of attention: `flash` or `plain`.
+    """
+
+    def __init__(self, model: Path, limits: Limits) -> None:
+        (attention,) = limits.settings
         lib.llama_backend_init()
         self._model = lib.llama_model_load_from_file(str(model).encode(), lib.llama_model_default_params())
         parameters = lib.llama_context_default_params()
-        parameters.n_ctx = context
-        parameters.n_batch = context
-        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.n_ctx = limits.context * limits.sequences
+        parameters.n_seq_max = limits.sequences
+        parameters.kv_unified = False
+        parameters.n_batch, parameters.n_ubatch = BATCH, CHUNK
+        parameters.n_threads = parameters.n_threads_batch = limits.threads
+        parameters.flash_attn_type = FLASH[attention]
+        self._settings = f"{attention} attention, n_batch {BATCH}, n_ubatch {CHUNK}"
         self._context = lib.llama_init_from_model(self._model, parameters)
+        self._memory = lib.llama_get_memory(self._context)
         self._vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
-        self._batch = lib.llama_batch_init(context, 0, 1)
+        self._batch = lib.llama_batch_init(BATCH, 0, 1)
+        self._sequences, self._length, self._first = 1, 0, 0
 
-    def versions(self) -> dict[str, str]:
+    def facts(self) -> Facts:
         features = lib.llama_print_system_info().decode()
-        return {"llama-cpp-python": version("llama-cpp-python"), "llama.cpp built with": features.strip()}
+        libraries = {"llama-cpp-python": version("llama-cpp-python"), "llama.cpp built with": features.strip()}
+        return Facts(libraries, "float16", 16, self._settings)
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Answer:
-        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-        start = time.perf_counter()
-        tokens = [self._step(prompt, 0)]
-        first = time.perf_counter()
-        for position in range(len(prompt), len(prompt) + new_tokens - 1):
-            tokens.append(self._step(tokens[-1:], position))
-        end = time.perf_counter()
-        return Answer(first - start, end - first, tokens)
+    def read(self, prompt: list[int]) -> None:
+        lib.llama_memory_clear(self._memory, True)
+        for start in range(0, len(prompt), BATCH):
+            part = prompt[start : start + BATCH]
+            self._run([(token, start + i, 0) for i, token in enumerate(part)], wanted=1)
+        self._sequences, self._length, self._first = 1, len(prompt), self._best(1)[0]
 
-    def _step(self, tokens: list[int], position: int) -> int:
+    def hold(self, sequences: int) -> None:
+        for sequence in range(self._sequences, sequences):
+            lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+        for sequence in range(sequences):
+            lib.llama_memory_seq_rm(self._memory, sequence, self._length, -1)
+        self._sequences = sequences
+
+    def decode(self, tokens: int) -> list[list[int]]:
+        last, answers = [self._first] * self._sequences, []
+        for position in range(self._length, self._length + tokens):
+            self._run([(token, position, row) for row, token in enumerate(last)], wanted=self._sequences)
+            last = self._best(self._sequences)
+            answers.append(last)
+        return [list(row) for row in zip(*answers, strict=True)]
+
+    def _run(self, entries: Sequence[tuple[int, int, int]], wanted: int) -> None:
+        """Run (token, position, sequence); logits of the last `wanted` of them."""
         batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i] = token
-            batch.pos[i] = position + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = int(i == len(tokens) - 1)
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence) in enumerate(entries):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = int(i >= len(entries) - wanted)
         code = lib.llama_decode(self._context, batch)
         if code:
-            raise RuntimeError(f"llama_decode: failed with code {code} at position {position}")
-        return int(np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape=(self._vocabulary,)).argmax())
+            raise RuntimeError(f"llama_decode: failed with code {code} at position {entries[0][1]}")
+
+    def _best(self, rows: int) -> list[int]:
+        logits = lib.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, shape=(rows, self._vocabulary)).argmax(-1).tolist()
 
 
 if __name__ == "__main__":

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import time
 from importlib.metadata import version
 from pathlib import Path
 
-from engines.protocol import Answer, serve
+from engines.protocol import Facts, Limits, serve
+from runtime.pace import prefill_chunks
 from runtime.session import DecoderSession
 
 
 class Ours:
-    """One session; a new prompt starts over in the same cache."""
+    """One session with a slot for each sequence; prompts are read in the chunks that the engine reads them in."""
 
-    def __init__(self, model: Path, threads: int, context: int) -> None:
-        self._session = DecoderSession(model / "model.onnx", capacity=context, threads=threads)
+    def __init__(self, model: Path, limits: Limits) -> None:
+        self._session = DecoderSession(
+            model / "model.onnx", capacity=limits.context, threads=limits.threads, slots=limits.sequences
+        )
+        self._sequences = 1
+        self._length, self._first = 0, 0
 
-    def versions(self) -> dict[str, str]:
-        return {"onnxruntime": version("onnxruntime")}
+    def facts(self) -> Facts:
+        return Facts({"onnxruntime": version("onnxruntime")}, "float32", 32, "-")
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Answer:
-        start = time.perf_counter()
-        logits = self._session.run(prompt, past=0, rows=[len(prompt) - 1])
-        tokens = [int(logits[0].argmax())]
-        first = time.perf_counter()
-        for position in range(len(prompt), len(prompt) + new_tokens - 1):
-            tokens.append(int(self._session.step(tokens[-1], position).argmax()))
-        end = time.perf_counter()
-        return Answer(first - start, end - first, tokens)
+    def read(self, prompt: list[int]) -> None:
+        self._sequences, past = 1, 0
+        for tokens in prefill_chunks(len(prompt)):
+            logits = self._session.run(prompt[past : past + tokens], past=past, rows=[tokens - 1])
+            past += tokens
+        self._length, self._first = past, int(logits[0].argmax())
+
+    def hold(self, sequences: int) -> None:
+        for side in self._session.cache.view(0, sequences).values():
+            side[self._sequences :, :, : self._length] = side[:1, :, : self._length]
+        self._sequences = sequences
+
+    def decode(self, tokens: int) -> list[list[int]]:
+        last, answers = [self._first] * self._sequences, []
+        for past in range(self._length, self._length + tokens):
+            last = self._session.decode(last, [past] * self._sequences).argmax(-1).tolist()
+            answers.append(last)
+        return [list(row) for row in zip(*answers, strict=True)]
 
 
 if __name__ == "__main__":

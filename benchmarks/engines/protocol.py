@@ -1,9 +1,11 @@
-"""How `decode.py` talks with an engine's process: one JSON document per line, requests in, answers out.
+"""How a benchmark talks with an engine's process: one JSON document per line, calls in, answers out.
 
-    -> {"prompt": [1, 2, 3], "new_tokens": 64}
-    <- {"prefill_s": 0.12, "decode_s": 0.61, "tokens": [5, 6, ...]}
+    -> {"call": "read", "arguments": [[1, 2, 3]]}      <- {"seconds": 0.12, "result": null}
+    -> {"call": "hold", "arguments": [8]}              <- ...
+    -> {"call": "decode", "arguments": [32]}           <- {"seconds": 0.61, "result": [[5, 6, ...], ...]}
 
-The first line out describes the engine. Standard library only: this file runs in the peers' environments too.
+The first line out describes the engine. The seconds are those of the call itself, taken in the engine's process.
+Standard library only: this file runs in the peers' environments too.
 """
 
 from __future__ import annotations
@@ -12,53 +14,92 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One request answered greedily, end-of-sequence tokens ignored.
+class Facts:
+    """What an engine says of itself.
 
     Attributes:
-        prefill_s: from the prompt to its first new token.
-        decode_s: from the first new token to the last.
-        tokens: all new tokens.
+        versions: of the libraries that compute.
+        cache: type of the numbers in its cache of keys and values.
+        cache_bits: of one of them, scales included.
+        settings: what was chosen for it beside the number of threads.
     """
 
-    prefill_s: float
-    decode_s: float
-    tokens: list[int]
+    versions: dict[str, str]
+    cache: str
+    cache_bits: float
+    settings: str
 
 
 class Engine(Protocol):
-    """What an engine's process offers."""
+    """What an engine's process offers. It answers greedily and ignores end-of-sequence tokens."""
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of the libraries that compute."""
+    def facts(self) -> Facts:
+        """Describe the engine."""
 
-    def generate(self, prompt: list[int], new_tokens: int) -> Answer:
-        """Continue the prompt by exactly `new_tokens` tokens."""
+    def read(self, prompt: list[int]) -> None:
+        """Forget everything, read a prompt and choose its first new token."""
+
+    def hold(self, sequences: int) -> None:
+        """Hold the prompt that was read in so many sequences, each in memory of its own, and nothing after it.
+
+        An engine that cannot go back keeps what was added.
+        """
+
+    def decode(self, tokens: int) -> list[list[int]]:
+        """Continue all sequences by so many tokens; return them, a row each."""
 
 
-def serve(load: Callable[[Path, int, int], Engine]) -> None:
-    """Answer requests until the input ends; `load` takes (model, threads, context in tokens)."""
+@dataclass(frozen=True)
+class Limits:
+    """How an engine is loaded.
+
+    Attributes:
+        threads: 0 for what the engine takes by itself.
+        context: most tokens of a sequence.
+        sequences: most of them at once.
+        settings: words of the engine's own.
+    """
+
+    threads: int
+    context: int
+    sequences: int
+    settings: tuple[str, ...] = ()
+
+    def arguments(self) -> list[str]:
+        """Return the words that `serve` reads them from."""
+        return [str(self.threads), str(self.context), str(self.sequences), *self.settings]
+
+
+def serve(load: Callable[[Path, Limits], Engine]) -> None:
+    """Answer calls until the input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
-    parser.add_argument("--threads", type=int, required=True, help="0: what the engine takes by itself")
-    parser.add_argument("--context", type=int, required=True)
+    for limit in ("threads", "context", "sequences"):
+        parser.add_argument(limit, type=int)
+    parser.add_argument("settings", nargs="*")
     options = parser.parse_args()
     # Libraries print to standard output as they please: keep a copy for the answers and send the rest to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    engine = load(options.model, options.threads, options.context)
-    _send(answers.write, engine.versions())
+    limits = Limits(options.threads, options.context, options.sequences, tuple(options.settings))
+    engine = load(options.model, limits)
+    _send(answers.write, asdict(engine.facts()))
     answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        _send(answers.write, asdict(engine.generate(request["prompt"], request["new_tokens"])))
+        call = getattr(engine, request["call"])
+        start = time.perf_counter()
+        result: Any = call(*request["arguments"])
+        seconds = time.perf_counter() - start
+        _send(answers.write, {"seconds": seconds, "result": result})
         answers.flush()
 
 

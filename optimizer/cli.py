@@ -22,7 +22,7 @@ from passes._interrupts import interrupts_kept
 
 _EXTRAS = {
     "cpu": {"onnxruntime"},
-    "serve": {"fastapi", "uvicorn", "httptools", "prometheus_client"},
+    "serve": {"fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client"},
     "optimize": {
         *("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "onnx", "onnx_ir", "onnxscript"),
         *("optimum", "datasets", "evaluate", "sklearn", "scipy"),
@@ -373,12 +373,12 @@ def _interrupted(args: Sequence[str]) -> str:
 def _explain(error: Exception) -> int:
     """Print what went wrong and return the exit code that says so."""
     from passes.base import PassError
-    from runtime.errors import DigestError, LoadError, PromptError, SamplingError, ServingError
+    from runtime.errors import DigestError, LoadError, PromptError, SamplingError, ServingError, SettingsError
 
     message, code = str(error), ExitCode.CANNOT_RUN
     if isinstance(error, OptimizeError):
         code = error.exit_code
-    elif isinstance(error, DigestError | LoadError | PromptError | SamplingError):
+    elif isinstance(error, DigestError | LoadError | PromptError | SamplingError | SettingsError):
         code = ExitCode.WRONG_INPUT
     elif hasattr(error, "format_message"):  # what typer raises for a wrong command line; its class is private
         message, code = f"{error.format_message().rstrip('.')}; see `optimize --help`", ExitCode.WRONG_INPUT

@@ -270,3 +270,91 @@ def _standard_input() -> str:
 def _standard_lines() -> list[str]:
     """Return the lines of standard input; what Unicode calls a line separator is part of a text."""
     return [line.removesuffix("\n") for line in io.StringIO(_standard_input(), newline=None)]
+
+
+@app.command()
+def serve(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Artifacts, named as their folders, or NAME=DIR.")
+    ],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    slots: Annotated[int | None, typer.Option(min=1, help="Requests that run at once; 8 if not given.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory of keys and values, such as 512M or 2G.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a prompt and its answer.")] = None,
+    max_stall_ms: Annotated[
+        float, typer.Option(metavar="MS", help="Longest a piece of a prompt keeps other answers waiting.")
+    ] = 60.0,
+    threads: Threads = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; OPTIMIZE_API_KEYS holds others.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further name the server is called by. Repeatable.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A web site whose pages may ask. Repeatable.")
+    ] = None,
+    queue: Annotated[int, typer.Option(metavar="N", help="Requests that may wait; more get a 429.")] = 256,
+    queue_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of their prompts together.")] = 1 << 18,
+    timeout_s: Annotated[float, typer.Option(metavar="S", help="An answer ends after so long.")] = 600.0,
+    drain_s: Annotated[float, typer.Option(metavar="S", help="Answers may go on so long after SIGTERM.")] = 30.0,
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(metavar="USD", min=0, help="What the machine costs, for /metrics.")
+    ] = None,
+    digest: Annotated[str | None, typer.Option(metavar="HEX", help="The identity a single artifact must have.")] = None,
+) -> int:
+    """Serve artifacts over HTTP, as OpenAI's clients speak it.
+
+    Listens at 127.0.0.1:8000 if not told otherwise. SIGTERM or Ctrl-C lets the answers under way end first; a second
+    one does not.
+    """
+    import os
+
+    from runtime.server.app import create_app
+    from runtime.server.loading import EngineOptions, load, named
+    from runtime.server.run import run
+    from runtime.server.settings import Settings, read_api_keys
+
+    if digest is not None and len(folders) > 1:
+        raise CommandError(f"--digest: got {len(folders)} artifacts, expected one")
+    settings = Settings(
+        host=host,
+        port=port,
+        api_keys=read_api_keys(api_key_file, os.environ.get("OPTIMIZE_API_KEYS", "")),
+        allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()),
+        queue_requests=queue,
+        queue_tokens=queue_tokens,
+        timeout_s=timeout_s,
+        drain_s=drain_s,
+        dollars_per_hour=dollars_per_hour,
+    )
+    options = EngineOptions(
+        slots=slots, kv_memory=_size(kv_memory), context=context, threads=threads, max_stall_ms=max_stall_ms
+    )
+    served = {name: load(folder, options, digest) for name, folder in named(folders).items()}
+
+    def announce(address: str) -> None:
+        for name, each in served.items():
+            typer.echo(f"serving {name} at {address}: {each.described}")
+        sys.stdout.flush()
+
+    run(create_app(served, settings), settings, announce)
+    return ExitCode.PASS
+
+
+def _size(text: str | None) -> int | None:
+    """Return the bytes of 1000000, 512M or 2G."""
+    if text is None:
+        return None
+    units = {"K": 10, "M": 20, "G": 30}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
+    if not number.isdigit():
+        raise CommandError(f"--kv-memory: got {text!r}, expected bytes, or such as 512M or 2G")
+    return int(number) << units.get(unit, 0)

@@ -108,15 +108,15 @@ class AsyncEngine:
         """Return what it has done so far."""
         return self._stats
 
-    def add(self, request: Request, bell: asyncio.Event | None = None, *, only_end: bool = False) -> AsyncTicket:
+    def add(self, request: Request, bell: asyncio.Event | None = None, *, is_quiet: bool = False) -> AsyncTicket:
         """Queue what `engine.read` returned; a request that can never be admitted fails its ticket.
 
         Args:
             request: what to answer.
             bell: set whenever there is news of the ticket; several tickets may share one.
-            only_end: set it no sooner than at the end, for a reader who wants the whole.
+            is_quiet: set it at the first token and at the end only, for a reader who wants the whole.
         """
-        ticket = AsyncTicket(self, request, bell or asyncio.Event(), only_end=only_end)
+        ticket = AsyncTicket(self, request, bell or asyncio.Event(), is_quiet=is_quiet)
         self._commands.put(lambda: self._add(ticket))
         if self.error is not None:  # asked last: the thread sets it first and then empties the queue
             ticket.end(self.error)
@@ -226,19 +226,21 @@ class AsyncTicket(AsyncIterator[list[Piece]]):
         request: what was asked.
         completion: the whole answer, once it is there.
         error: why there will be none: a `ServingError`.
+        has_begun: whether its first token was chosen.
         inner: the engine's own ticket; the engine's thread alone looks at it.
         is_counted: whether its prompt is among those of `Stats`; the thread's as well.
     """
 
-    def __init__(self, engine: AsyncEngine, request: Request, bell: asyncio.Event, *, only_end: bool) -> None:
+    def __init__(self, engine: AsyncEngine, request: Request, bell: asyncio.Event, *, is_quiet: bool) -> None:
         self.request = request
         self.completion: Completion | None = None
         self.error: ServingError | None = None
+        self.has_begun = False
         self.inner: Ticket | None = None
         self.is_counted = False
         self._engine = engine
         self._bell = bell
-        self._only_end = only_end
+        self._is_quiet = is_quiet
         self._pieces: list[Piece] = []
 
     async def __anext__(self) -> list[Piece]:
@@ -281,9 +283,11 @@ class AsyncTicket(AsyncIterator[list[Piece]]):
         """Take what a step brought; nothing once it has ended."""
         if self.is_finished:
             return
+        is_first = not self.has_begun
+        self.has_begun = self.has_begun or bool(news.pieces)
         self._pieces += news.pieces
         self.completion, self.error = news.completion, news.error
-        if self.is_finished or not self._only_end:
+        if is_first or self.is_finished or not self._is_quiet:
             self._bell.set()
 
     def end(self, error: ServingError) -> None:

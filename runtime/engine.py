@@ -77,8 +77,8 @@ class Engine:
             least = cache.granule * cache.token_bytes
             raise PromptError(f"kv_memory: got {kv_memory} bytes, expected at least {least}, the least that is taken")
         self.session = session
+        self.tokenizer = tokenizer
         self._budget = budget
-        self._tokenizer = tokenizer
         self._reader = RequestReader(manifest, tokenizer, session.vocabulary, session.capacity)
         self._pace = Pace(max_stall_ms)
         self._scheduler = Scheduler(
@@ -118,7 +118,29 @@ class Engine:
         Raises:
             ServingError: one line that says what is wrong.
         """
-        manifest = verify(folder, digest)
+        return cls.from_verified(
+            folder,
+            verify(folder, digest),
+            slots=slots,
+            kv_memory=kv_memory,
+            context=context,
+            threads=threads,
+            max_stall_ms=max_stall_ms,
+        )
+
+    @classmethod
+    def from_verified(
+        cls,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        slots: int | None,
+        kv_memory: int | None,
+        context: int | None,
+        threads: int | None,
+        max_stall_ms: float,
+    ) -> Engine:
+        """Load an artifact that `verify` has just returned this manifest for; arguments as for `load`."""
         count = _default_slots(manifest) if slots is None else slots
         session = open_decoder(folder, manifest, threads, context, count)
         return cls(manifest, session, Tokenizer.load(folder), kv_memory=kv_memory, max_stall_ms=max_stall_ms)
@@ -133,6 +155,12 @@ class Engine:
         """How many requests wait and run, and what they reserve."""
         scheduler = self._scheduler
         return Occupancy(scheduler.waiting, scheduler.running, scheduler.reserved, self._budget)
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its answer together that can ever be admitted."""
+        granule = self.session.cache.granule
+        return min(self.session.capacity, self._budget // granule * granule)
 
     def read(self, prompt: Prompt, **options: Unpack[Options]) -> Request:
         """Check and tokenize what `add` takes; this touches nothing that a step does, so any thread may do it.
@@ -185,7 +213,7 @@ class Engine:
         number = self._added
         self._scheduler.add(number, len(request.ids), request.max_tokens, group)
         self._added += 1
-        ticket = Ticket(self, number, Answer(request, self._tokenizer))
+        ticket = Ticket(self, number, Answer(request, self.tokenizer))
         self._tickets[number] = ticket
         return ticket
 

@@ -27,3 +27,7 @@ class SamplingError(ServingError, ValueError):
 
 class LoadError(ServingError, ValueError):
     """What is asked of a load generator makes no sense: lengths, limits, an address, a key."""
+
+
+class SettingsError(ServingError, ValueError):
+    """A server cannot be started as it was asked to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from runtime.chat_template import ChatTemplate, Message
 from runtime.errors import ArtifactError, PromptError
@@ -38,8 +38,9 @@ class Tokenizer:
         self._chat_template = chat_template
         bytes_written_out = (backend.token_to_id(f"<0x{value:02X}>") for value in range(256))
         self._byte_ids = frozenset(token for token in bytes_written_out if token is not None)
-        added = backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(token for token, content in added.items() if content.special)
+        self._added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, content in self._added.items() if content.special)
+        self._is_byte_level = backend.decoder is not None and b'"ByteLevel"' in backend.decoder.__getstate__()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], max_tokens: int | None = None) -> Tokenizer:
@@ -112,6 +113,22 @@ class Tokenizer:
         """Return a fresh incremental decoder."""
         return Detokenizer(self)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what one id stands for, a special token's name too; a part of a character is a part of its bytes.
+
+        What only the neighbours decide is left out: a space that is stripped at the beginning of a text is there.
+        """
+        text = self._backend.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._added:
+            return self._added[token].content.encode()
+        if token in self._byte_ids:
+            return bytes([int(text[3:5], 16)])
+        if self._is_byte_level:
+            return bytes(_BYTES.get(character, ord("?")) for character in text)
+        return text.replace("▁", " ").encode()
+
     def joins_bytes(self, token: int, before: bool) -> bool:
         """Whether the text of the ids up to `token` may still change with the next one, `before` being the last answer.
 
@@ -159,6 +176,16 @@ class Detokenizer:
         piece = final[self._sent :]
         self._sent = max(self._sent, len(final))
         return piece
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the characters that byte-level vocabularies write bytes as (GPT-2's: printable ones as themselves)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES: Final = _byte_alphabet()
 
 
 def _unicode(text: str) -> str:

@@ -1,0 +1,89 @@
+"""From a checked body to its answers: a place in the queue, prompts read on a thread, one request for each answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from fastapi import Request
+
+from runtime.request import Request as Asked
+from runtime.server.answering import Answering, Shape
+from runtime.server.errors import ApiError
+from runtime.server.log import note
+from runtime.server.protocol import Generation
+from runtime.server.service import Served, Service
+
+TIMEOUT: Final = "x-timeout-s"
+SEED: Final = "x-seed"
+_SEEDS: Final = 1 << 64
+
+
+async def generate(
+    service: Service,
+    served: Served,
+    body: Generation,
+    request: Request,
+    *,
+    answers: int,
+    read: Callable[[], list[Asked]],
+    shape: Callable[[Sequence[Asked]], Shape],
+) -> Answering:
+    """Return the response to a request for text.
+
+    Args:
+        service: that it came to.
+        served: the model.
+        body: what was asked.
+        request: as it came.
+        answers: how many it asks for.
+        read: reads its prompts.
+        shape: how answers are written, given one request for each.
+
+    Raises:
+        ApiError: it is refused.
+    """
+    timeout_s = _timeout_s(request, service.settings.timeout_s)
+    entry = service.admission.enter(answers)
+    try:
+        prompts = await service.read(read)
+        tokens = sum(len(prompt.ids) for prompt in prompts)
+        entry.weigh(tokens)
+        requests = [each for prompt in prompts for each in _numbered(prompt, body.n)]
+        seed = prompts[0].sampling.seed
+        note(request.scope, model=body.model, seed=seed)
+        return Answering(
+            service,
+            entry,
+            served.engine,
+            requests,
+            shape(requests),
+            prompt_tokens=tokens,
+            is_stream=body.stream,
+            timeout_s=timeout_s,
+            headers={SEED: str(seed)},
+        )
+    except BaseException:
+        entry.leave()
+        raise
+
+
+def _numbered(prompt: Asked, n: int) -> list[Asked]:
+    """Return a request for each of n answers, whose seeds follow one another."""
+    seed = prompt.sampling.seed
+    samplings = [dataclasses.replace(prompt.sampling, seed=(seed + index) % _SEEDS) for index in range(n)]
+    return [dataclasses.replace(prompt, sampling=sampling) for sampling in samplings]
+
+
+def _timeout_s(request: Request, most: float) -> float:
+    given = request.headers.get(TIMEOUT)
+    if given is None:
+        return most
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise ApiError(400, f"{TIMEOUT}: got {given[:40]!r}, expected seconds, more than 0", param=TIMEOUT)
+    return min(seconds, most)

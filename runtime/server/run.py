@@ -1,0 +1,168 @@
+"""Run an application until it is told to end, and end it well.
+
+The first SIGTERM or Ctrl-C drains: `/readyz` turns red and new requests get a 503, while the answers under way go on;
+those that still run after `drain_s` end where they are, validly. The second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from runtime.errors import SettingsError
+from runtime.server import log
+from runtime.server.service import Service
+from runtime.server.settings import Settings
+
+HEADERS_TIMEOUT_S: Final = 30.0
+_LOOK_S: Final = 0.05
+_LAST_WORDS_S: Final = 5.0  # for answers that were ended to be written
+
+
+def run(app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serve until a signal comes; return once all is ended.
+
+    Args:
+        app: of `create_app`.
+        settings: the same as the application's.
+        announce: called with the server's address once it listens.
+
+    Raises:
+        SettingsError: it cannot listen there.
+    """
+    log.set_up()
+    bound = _bind(settings)
+    Connection.slow_reader_s = settings.slow_reader_s
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=int(_LAST_WORDS_S),
+    )
+    _Server(config, app.state.service, lambda: announce(_address(bound))).run([bound])
+
+
+def _bind(settings: Settings) -> socket.socket:
+    where = (settings.host, settings.port)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        text = (error.strerror or str(error)).lower()
+        raise SettingsError(
+            f"{settings.host}:{settings.port}: cannot listen there, {text}; try another --port"
+        ) from None
+    return bound
+
+
+def _address(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Announces itself, and drains before it ends."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._announce = service, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; at the second end at once."""
+        if self._service.admission.is_draining or not self.started:
+            os._exit(128 + sig)
+        self._service.admission.is_draining = True
+        self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        admission = self._service.admission
+        log.event("draining", running=admission.running)
+        await _until(lambda: admission.running == 0, self._service.settings.drain_s)
+        self._service.expire_all()
+        await _until(lambda: admission.running == 0, _LAST_WORDS_S)
+        log.event("drained", running=admission.running)
+        self.should_exit = True
+
+
+async def _until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not condition() and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(_LOOK_S)
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that is cut when its client neither sends the rest of its headers nor reads what it was sent.
+
+    Attributes:
+        slow_reader_s: how long what was sent may lie unread while more waits to be sent.
+    """
+
+    slow_reader_s: float = 30.0
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for a request."""
+        super().connection_made(transport)
+        self._timers = _Timers(self.loop, transport.abort)
+        self._timers.start("headers", HEADERS_TIMEOUT_S)
+
+    def on_headers_complete(self) -> None:
+        """Take a request."""
+        self._timers.stop("headers")
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """Let the client read what was sent."""
+        super().pause_writing()
+        self._timers.start("reader", self.slow_reader_s)
+
+    def resume_writing(self) -> None:
+        """Go on, now that it has."""
+        self._timers.stop("reader")
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the client."""
+        self._timers.stop("headers")
+        self._timers.stop("reader")
+        super().connection_lost(exc)
+
+
+class _Timers:
+    """Named timers that all do the same."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+        self._loop, self._action = loop, action
+        self._running: dict[str, asyncio.TimerHandle] = {}
+
+    def start(self, name: str, seconds: float) -> None:
+        self.stop(name)
+        self._running[name] = self._loop.call_later(seconds, self._action)
+
+    def stop(self, name: str) -> None:
+        if name in self._running:
+            self._running.pop(name).cancel()

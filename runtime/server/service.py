@@ -1,0 +1,164 @@
+"""What all routes share: the models, the settings, who waits, and the threads that read prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, Protocol, TypeVar
+
+from runtime.artifact import Manifest
+from runtime.async_engine import AsyncEngine
+from runtime.errors import ServingError
+from runtime.server.admission import Admission
+from runtime.server.errors import ApiError
+from runtime.server.settings import Settings
+from runtime.tokenizer import Tokenizer
+
+READERS: Final = 2  # threads that tokenize: the libraries release the GIL
+STUCK_S: Final = 120.0  # a worker that shows no life for so long never will
+
+_T = TypeVar("_T")
+
+
+class Worker(Protocol):
+    """What runs a model on a thread of its own: an `AsyncEngine`, or the like for encoders."""
+
+    error: ServingError | None
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds since it last showed life."""
+
+    async def __aenter__(self) -> object: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model and what runs it.
+
+    Attributes:
+        manifest: of its artifact.
+        tokenizer: its own.
+        worker: what answers.
+        sampling: what its `generation_config.json` says of temperature and the like, for requests that say nothing.
+    """
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    worker: Worker
+    sampling: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The worker of a decoder."""
+        assert isinstance(self.worker, AsyncEngine)
+        return self.worker
+
+    @property
+    def described(self) -> str:
+        """What it can, in words."""
+        if not isinstance(self.worker, AsyncEngine):
+            return self.manifest.described_kind
+        engine, stats = self.worker.engine, self.worker.stats()
+        megabytes = stats.budget_tokens * engine.session.cache.token_bytes / 1e6
+        return f"{stats.slots} slots, context {engine.longest} tokens, at most {megabytes:.0f} MB of keys and values"
+
+
+class Service:
+    """What a server is made of, but for HTTP.
+
+    Attributes:
+        models: name to model.
+        settings: what it was told.
+        admission: who waits.
+        started: when, by `time.time`.
+    """
+
+    def __init__(self, models: Mapping[str, Served], settings: Settings) -> None:
+        self.models = dict(models)
+        self.settings = settings
+        self.admission = Admission(settings)
+        self.started = time.time()
+        self._jobs: set[Expiring] = set()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start the workers, and end them."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._readers.shutdown)
+            for served in self.models.values():
+                await stack.enter_async_context(served.worker)
+            yield
+
+    def find(self, name: str | None, kinds: Collection[str]) -> tuple[str, Served]:
+        """Return the model that a request names, with its name; it may name none where one alone is of its kind.
+
+        Raises:
+            ApiError: 404 for an unknown name, 400 for a model of another kind, 503 for one whose worker has stopped.
+        """
+        if name is None:
+            fitting = [each for each, served in self.models.items() if served.manifest.kind in kinds]
+            if len(fitting) != 1:
+                raise ApiError(400, f"model: is missing, expected one of {self._names()}", param="model")
+            name = fitting[0]
+        served = self.models.get(name)
+        if served is None:
+            text = f"model: got {name[:200]!r}, expected one of {self._names()}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        if served.manifest.kind not in kinds:
+            text = f"model: {name} is {served.manifest.described_kind}, expected {' or '.join(sorted(kinds))}"
+            raise ApiError(400, text, param="model")
+        if served.worker.error is not None:
+            raise ApiError(503, str(served.worker.error))
+        return name, served
+
+    async def read(self, function: Callable[[], _T]) -> _T:
+        """Run what takes time for a long prompt on a thread, beside the event loop.
+
+        Raises:
+            ApiError: 400, for what it raises of the runtime's own errors.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        except ServingError as error:
+            raise ApiError.of(error) from None
+
+    def stuck(self) -> str | None:
+        """Return what cannot go on without a restart, in words; None while all is well."""
+        for name, served in self.models.items():
+            if served.worker.error is not None:
+                return f"{name}: {served.worker.error}"
+            if served.worker.heartbeat_s > STUCK_S:
+                return f"{name}: has shown no life for {served.worker.heartbeat_s:.0f} seconds; restart the server"
+        return None
+
+    def attend(self, job: Expiring) -> None:
+        """Let a job be ended with `expire_all`, until `dismiss`."""
+        self._jobs.add(job)
+
+    def dismiss(self, job: Expiring) -> None:
+        """Forget a job."""
+        self._jobs.discard(job)
+
+    def expire_all(self) -> None:
+        """End all answers where they are."""
+        for job in list(self._jobs):
+            job.expire()
+
+    def _names(self) -> str:
+        return ", ".join(self.models)
+
+
+class Expiring(Protocol):
+    """An answer that can be ended where it is."""
+
+    def expire(self) -> None:
+        """End it."""

@@ -43,7 +43,7 @@ def token_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], count: in
     Raises:
         SessionError: the largest logit of a row is not a finite number.
     """
-    maxima = block_maxima(logits) if count else None
+    maxima = block_maxima(logits) if count and len(logits) else None
     return [
         _logprob(row, token, () if maxima is None else _likeliest(row, maxima[at], count))
         for at, (row, token) in enumerate(zip(logits, tokens, strict=True))

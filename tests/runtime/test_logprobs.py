@@ -36,6 +36,10 @@ def test_huge_logits_do_not_overflow_and_forbidden_ones_are_minus_infinity() -> 
     assert got.top[0][1] == got.top[1][1] == pytest.approx(0, abs=1e15)  # ln 2 is lost beside 1e30
 
 
+def test_no_rows_have_no_logprobs() -> None:
+    assert token_logprobs(np.zeros((0, 4), np.float32), [], 2) == []  # a prompt of one token
+
+
 def test_more_alternatives_than_tokens_are_all_tokens() -> None:
     (got,) = token_logprobs(np.zeros((1, 4), np.float32), [3], 20)
     assert [token for token, _ in got.top] == [0, 1, 2, 3]

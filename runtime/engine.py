@@ -8,7 +8,8 @@
 Requests may be added and cancelled between any two steps. Each answer is that of `TextGenerator`, token by token:
 prompt positions run several at a time, generated ones alone, both as there, and a row of a batch is computed apart from
 its neighbours. Where a kernel rounds a row by how many rows there are (int4 in blocks of 64 and more: the last of an
-odd number, by 1e-7), two tokens that are as likely to 1e-7 may change places; nothing here proves that no kernel does.
+odd number, by 1e-7), an even number runs, which `TextGenerator` does not: then two tokens that are as likely to 1e-7
+may change places. What holds on this host is tried when the engine is made, and told by `promises`.
 
 An engine is not thread-safe: whoever drives it calls everything else between steps.
 """
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from runtime.artifact import Manifest, verify
 from runtime.errors import PromptError, ServingError
 from runtime.generation import open_decoder, run_prompt
+from runtime.invariance import examine
 from runtime.pace import Pace
 from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader, take_next
 from runtime.scheduler import Copy, Decode, Prefill, Scheduler
@@ -57,7 +59,12 @@ class Occupancy:
 
 
 class Engine:
-    """A loaded decoder artifact that answers several requests at a time."""
+    """A loaded decoder artifact that answers several requests at a time.
+
+    Attributes:
+        session: its own.
+        promises: the `Promises` of what never changes a bit of its answers on this host.
+    """
 
     def __init__(
         self,
@@ -67,12 +74,13 @@ class Engine:
         *,
         kv_memory: int | None = None,
         max_stall_ms: float = MAX_STALL_MS,
+        exact: bool = True,
     ) -> None:
         """Put an engine on a session, which is its alone from then on; arguments as for `load`."""
         if not max_stall_ms > 0:
             raise PromptError(f"max_stall_ms: got {max_stall_ms}, expected more than 0 milliseconds")
         cache = session.cache
-        budget = cache.slots * cache.capacity if kv_memory is None else kv_memory // cache.token_bytes
+        budget = session.slots * cache.capacity if kv_memory is None else kv_memory // cache.token_bytes
         if budget < cache.granule:
             least = cache.granule * cache.token_bytes
             raise PromptError(f"kv_memory: got {kv_memory} bytes, expected at least {least}, the least that is taken")
@@ -81,12 +89,16 @@ class Engine:
         self._budget = budget
         self._reader = RequestReader(manifest, tokenizer, session.vocabulary, session.capacity)
         self._pace = Pace(max_stall_ms)
+        found = examine(session)
+        session.even_rows = exact and found.needs_even_rows
+        self.promises = found.promises(only_even_rows=session.even_rows)
         self._scheduler = Scheduler(
             slots=session.slots,
             budget=budget,
             granule=cache.granule,
             chunk=self._pace.tokens,
             copied=2 * max(1, _COPY_BYTES // (2 * cache.token_bytes)),
+            even_rows=session.even_rows,
         )
         self._tickets: dict[int, Ticket] = {}
         self._added = 0
@@ -101,6 +113,7 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         max_stall_ms: float = MAX_STALL_MS,
+        exact: bool = True,
         digest: str | None = None,
     ) -> Engine:
         """Verify an artifact and load it.
@@ -113,6 +126,9 @@ class Engine:
             context: most tokens of one prompt and its answer; None takes all that the model can.
             threads: threads per operator; None takes what this process was given.
             max_stall_ms: how long a chunk of one prompt may keep the other answers from their next token.
+            exact: answers do not depend on what else runs, to the last bit, where that takes an even number of rows:
+                odd numbers get a dummy row. It costs as much as one more request: most, 1.07 to 1.3 times, where one
+                runs alone. Where kernels need no such care, or `slots` is 1, it costs nothing.
             digest: the identity to insist on.
 
         Raises:
@@ -143,7 +159,8 @@ class Engine:
         """Load an artifact that `verify` has just returned this manifest for; arguments as for `load`."""
         count = _default_slots(manifest) if slots is None else slots
         session = open_decoder(folder, manifest, threads, context, count)
-        return cls(manifest, session, Tokenizer.load(folder), kv_memory=kv_memory, max_stall_ms=max_stall_ms)
+        tokenizer = Tokenizer.load(folder)
+        return cls(manifest, session, tokenizer, kv_memory=kv_memory, max_stall_ms=max_stall_ms, exact=exact)
 
     @property
     def has_work(self) -> bool:

@@ -7,7 +7,8 @@ group have the same prompt: one of them reads it, the others copy it from a slot
 Tokens are decoded at once for all slots from the lowest to the highest that is past its prompt. A slot between them
 that holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a
 free slot takes it at position 0, and a slot whose prompt is being read right after what was read of it; in both, what
-comes there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens.
+comes there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens. Where
+kernels round the last of an odd number of rows differently, one more dummy row makes their number even.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Decode:
-    """Run one token in each of the slots `first` and after; the first and the last row are live ones."""
+    """Run one token in each of the slots `first` and after; both ends are live rows, but for one that makes them even."""
 
     first: int
     rows: tuple[Row, ...]
@@ -114,7 +115,16 @@ class Scheduler:
     wait. With its first chunk it takes the lowest free slot: prompts that nobody reads yet are no dummy rows.
     """
 
-    def __init__(self, *, slots: int, budget: int, granule: int, chunk: Callable[[int], int], copied: int) -> None:
+    def __init__(
+        self,
+        *,
+        slots: int,
+        budget: int,
+        granule: int,
+        chunk: Callable[[int], int],
+        copied: int,
+        even_rows: bool = False,
+    ) -> None:
         """Begin with nothing to do.
 
         Args:
@@ -123,11 +133,13 @@ class Scheduler:
             granule: tokens that memory comes in; reservations are rounded up to it.
             chunk: most tokens of a prompt to run after so many while others wait for it: even, and at least 4.
             copied: most tokens to copy at once: even, and at least 2.
+            even_rows: decode even numbers of rows only. Then the slot after the last may run as a dummy row too.
         """
         self._budget, self._granule, self._chunk, self._copied = budget, granule, chunk, copied
         self._queue: deque[_Place] = deque()
         self._slots: list[_Place | None] = [None] * slots
         self._reading: list[_Place] = []  # admitted, their prompts not read to the end, in order
+        self._even_rows = even_rows
         self._decoded_last = True
         self._favours_oldest = False
 
@@ -187,10 +199,7 @@ class Scheduler:
         decoding = [slot for slot, place in enumerate(self._slots) if place and not place.left]
         if self._reading and (self._decoded_last or not decoding):
             return self._read(is_awaited=bool(decoding))
-        if decoding:
-            first = decoding[0]
-            return Decode(first, tuple(map(_row, self._slots[first : decoding[-1] + 1])))
-        return None
+        return self._decode(decoding[0], decoding[-1]) if decoding else None
 
     def ran(self, step: Step) -> None:
         """Note that what `schedule` returned has been run."""
@@ -240,6 +249,12 @@ class Scheduler:
         most = self._chunk(place.past) if is_awaited else MOST_TOKENS
         tokens = next_chunk(place.left, most)
         return Prefill(place.request, slot, place.past, tokens, is_last=tokens == place.left)
+
+    def _decode(self, first: int, last: int) -> Decode:
+        if self._even_rows and (last - first) % 2 == 0:
+            first, last = (first, last + 1) if first == 0 else (first - 1, last)
+        places = [*self._slots, None][first : last + 1]
+        return Decode(first, tuple(map(_row, places)))
 
     def _source(self, place: _Place) -> int | None:
         """Return a slot that holds more of this place's prompt than it does itself."""

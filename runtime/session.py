@@ -90,7 +90,13 @@ class DecoderSession:
 
     A slot holds positions 0..capacity-1 of its sequence. A caller says with `past` how many of them count: going back
     is free, and a new sequence starts with `past=0`. Not thread-safe.
+
+    Attributes:
+        even_rows: compute an even number of rows of logits in `run`, for kernels that round the last of an odd number
+            differently. False to begin with; `decode` takes even numbers from its caller.
     """
+
+    even_rows: bool = False
 
     def __init__(
         self, model: str | os.PathLike[str], *, capacity: int, threads: int | None = None, slots: int = 1
@@ -118,8 +124,9 @@ class DecoderSession:
         self.layers = self._signature.layers
         self.heads, self.head_width = self._signature.cache["0.key"]
         self.vocabulary = self._signature.vocabulary
-        self.cache = KVBuffers(self._signature.cache, slots=slots, capacity=capacity)
-        self._logits = np.empty((slots, self.vocabulary), np.float32)
+        rows = slots + slots % 2 if slots > 1 else 1  # an odd number of slots has one more, for dummy rows alone
+        self.cache = KVBuffers(self._signature.cache, slots=rows, capacity=capacity)
+        self._logits = np.empty((rows, self.vocabulary), np.float32)
         self._decodes: dict[tuple[int, int], _Binding] = {}  # by first slot and number of rows
         self._chunks: dict[int, _Binding] = {}  # by slot
 
@@ -135,6 +142,8 @@ class DecoderSession:
     def decode(self, tokens: Sequence[int], pasts: Sequence[int], first: int = 0) -> NDArray[np.float32]:
         """Run one token of each of the sequences in slots `first` to `first + n - 1`.
 
+        Where `slots` is an odd number above 1, the slot after the last can run as well, as a dummy row.
+
         Args:
             tokens: an id for each, n of them.
             pasts: of each, how many tokens in the cache count, and so the position its token takes.
@@ -143,9 +152,9 @@ class DecoderSession:
         Returns:
             Logits `[n, V]`: a view that the next call overwrites.
         """
-        if not 1 <= len(tokens) == len(pasts) <= self.slots - first <= self.slots:
+        if not 1 <= len(tokens) == len(pasts) <= self.cache.slots - first <= self.cache.slots:
             got = f"{len(tokens)} tokens and {len(pasts)} positions from slot {first} on"
-            raise SessionError(f"decode: got {got}, expected as many of both, and slots 0 to {self.slots - 1}")
+            raise SessionError(f"decode: got {got}, expected as many of both, and slots 0 to {self.cache.slots - 1}")
         if not 0 <= min(pasts) <= max(pasts) < self.capacity:
             at = next(past for past in pasts if not 0 <= past < self.capacity)
             raise SessionError(f"decode: got position {at}, expected 0 to {self.capacity - 1}, the cache's capacity")
@@ -177,12 +186,15 @@ class DecoderSession:
             raise SessionError(f"run: slot: got {slot}, expected 0 to {self.slots - 1}")
         if slot not in self._chunks:
             self._chunks[slot] = self._bind(slot, 1, np.empty((1, self.vocabulary), np.float32))
-        return self._chunks[slot].run(tokens[None], [past], wanted)
+        count = wanted.size
+        if self.even_rows and count % 2:
+            wanted = np.append(wanted, wanted[-1])
+        return self._chunks[slot].run(tokens[None], [past], wanted)[:count]
 
     def free(self, slot: int) -> None:
         """Give a slot's memory back to the system, where it allows, and make its cache read as zeros."""
         self.cache.free(slot)
-        if slot in self._chunks and self._chunks[slot].rows > 1:
+        if slot in self._chunks and self._chunks[slot].rows > 2:
             del self._chunks[slot]  # logits of many positions
 
     def _bind(self, first: int, rows: int, logits: NDArray[np.float32]) -> _Binding:

@@ -95,6 +95,29 @@ def test_rows_of_different_lengths_share_a_run_and_a_prompt_is_read_beside_them(
     assert np.array_equal(several.run(ids[0], slot=1), want[0])
 
 
+def test_an_odd_number_of_slots_has_one_more_for_a_dummy_row(decoder_folder: Path) -> None:
+    three = DecoderSession(decoder_folder / "model.onnx", capacity=8, threads=1, slots=3)
+    want = three.decode([5, 6, 7], [0, 0, 0]).copy()
+    assert np.array_equal(three.decode([5, 6, 7, 0], [0, 0, 0, 0])[:3], want)
+    with pytest.raises(SessionError, match="slots 0 to 3"):
+        three.decode([5, 6, 7, 0, 0], [0, 0, 0, 0, 0])
+    with pytest.raises(SessionError, match="slot: got 3, expected 0 to 2"):
+        three.run([1, 2], slot=3)
+
+
+def test_even_rows_compute_one_more_and_return_those_asked_for(session: DecoderSession) -> None:
+    ids = tokens(session, 9)
+    want = session.run(ids, rows=[0, 8, 3]).copy()
+    session.even_rows = True
+    try:
+        got = session.run(ids, rows=[0, 8, 3])
+        assert got.shape == want.shape and got.base is not None and len(got.base) == 4
+        np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
+        assert session.run(ids, rows=[2, 5]).shape == (2, session.vocabulary)
+    finally:
+        session.even_rows = False
+
+
 def test_slots_and_rows_out_of_range_are_refused(decoder_folder: Path) -> None:
     two = DecoderSession(decoder_folder / "model.onnx", capacity=8, threads=1, slots=2)
     with pytest.raises(SessionError, match="slot: got 2, expected 0 to 1"):

@@ -15,8 +15,10 @@ CHUNK = 4
 COPIED = 6  # tokens copied at once
 
 
-def scheduler(slots: int = 4, budget: int = 1000, granule: int = 1) -> Scheduler:
-    return Scheduler(slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=COPIED)
+def scheduler(slots: int = 4, budget: int = 1000, granule: int = 1, even_rows: bool = False) -> Scheduler:
+    return Scheduler(
+        slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=COPIED, even_rows=even_rows
+    )
 
 
 def run(subject: Scheduler) -> Step:
@@ -77,6 +79,19 @@ def test_slots_below_and_above_the_live_ones_do_not_run() -> None:
     subject.add(3, prompt=9, new=5)
     run(subject)
     assert run(subject) == Decode(1, (Row(1, 4),))
+
+
+def test_an_odd_number_of_rows_gets_a_dummy_where_it_must_be_even() -> None:
+    subject = scheduler(slots=3, even_rows=True)
+    for request in range(3):
+        subject.add(request, prompt=1, new=50)
+    assert [run(subject) for _ in range(6)][1::2] == [
+        Decode(0, (Row(0, 1), Row(None, 0))),
+        Decode(0, (Row(0, 2), Row(1, 1))),
+        Decode(0, (Row(0, 3), Row(1, 2), Row(2, 1), Row(None, 0))),  # a slot more than there are
+    ]
+    assert (subject.remove(0), subject.remove(1)) == (0, 1)
+    assert run(subject) == Decode(1, (Row(None, 0), Row(2, 2)))
 
 
 def test_a_short_prompt_need_not_wait_for_a_long_one_nor_the_long_one_for_many_short() -> None:
@@ -176,11 +191,13 @@ def test_a_request_that_waits_can_be_removed() -> None:
 class Serving(RuleBasedStateMachine):
     """A scheduler beside a cache whose cells hold the number of the request that wrote them."""
 
-    @initialize(slots=st.integers(1, 5), budget=st.integers(40, 150), granule=st.sampled_from([1, 8]))
-    def begin(self, slots: int, budget: int, granule: int) -> None:
-        self.subject = scheduler(slots, budget, granule)
-        self.budget, self.granule = budget, granule
-        self.cells: list[dict[int, int]] = [{} for _ in range(slots)]
+    @initialize(
+        slots=st.integers(1, 5), budget=st.integers(40, 150), granule=st.sampled_from([1, 8]), even_rows=st.booleans()
+    )
+    def begin(self, slots: int, budget: int, granule: int, even_rows: bool) -> None:
+        self.subject = scheduler(slots, budget, granule, even_rows)
+        self.slots, self.budget, self.granule, self.even_rows = slots, budget, granule, even_rows
+        self.cells: list[dict[int, int]] = [{} for _ in range(slots + slots % 2)]
         self.group: dict[int, int] = {}  # request -> the first of those that share its prompt
         self.asked: dict[int, tuple[int, int]] = {}  # request -> prompt, new: those not ended yet
         self.made: dict[int, int] = {}  # request -> tokens generated
@@ -237,7 +254,7 @@ class Serving(RuleBasedStateMachine):
     def take_place(self, step: Prefill | Copy) -> None:
         if step.request not in self.place:
             assert step.past == 0
-            assert step.slot == min(set(range(len(self.cells))) - set(self.place.values()))
+            assert step.slot == min(set(range(self.slots)) - set(self.place.values()))
             self.place[step.request] = step.slot
         assert self.place[step.request] == step.slot
 
@@ -277,7 +294,8 @@ class Serving(RuleBasedStateMachine):
     def decode(self, step: Decode) -> list[int]:
         live = {row.request for row in step.rows if row.request is not None}
         assert live == set(self.made)  # all that are past their prompt, and nobody else
-        assert step.rows[0].request is not None and step.rows[-1].request is not None
+        dummies_at_ends = [step.rows[0].request, step.rows[-1].request].count(None)
+        assert dummies_at_ends <= self.even_rows and not (self.even_rows and len(step.rows) % 2)
         for slot, row in enumerate(step.rows, step.first):
             if row.request is not None:
                 assert self.place[row.request] == slot
@@ -298,7 +316,7 @@ class Serving(RuleBasedStateMachine):
         self.admitted = sorted(set(self.asked) - set(waiting))
         assert set(self.place) <= set(self.admitted)
         assert self.subject.reserved == sum(map(self.rounded, self.admitted)) <= self.budget
-        if waiting and len(self.admitted) < len(self.cells):
+        if waiting and len(self.admitted) < self.slots:
             assert self.subject.reserved + self.rounded(waiting[0]) > self.budget
 
     def rounded(self, request: int) -> int:

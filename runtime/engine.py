@@ -142,6 +142,7 @@ class Engine:
             context=context,
             threads=threads,
             max_stall_ms=max_stall_ms,
+            exact=exact,
         )
 
     @classmethod
@@ -155,6 +156,7 @@ class Engine:
         context: int | None,
         threads: int | None,
         max_stall_ms: float,
+        exact: bool = True,
     ) -> Engine:
         """Load an artifact that `verify` has just returned this manifest for; arguments as for `load`."""
         count = _default_slots(manifest) if slots is None else slots

@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Decode:
-    """Run one token in each of the slots `first` and after; both ends are live rows, but for one that makes them even."""
+    """Run one token in each of the slots `first` and after; both ends are live, but for a row that makes them even."""
 
     first: int
     rows: tuple[Row, ...]

@@ -8,7 +8,7 @@ id is in does not depend on V; the last blocks may hold ids that the model does 
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def block_maxima(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return maxima.reshape(rows, -1)[:, : maxima.shape[1] * _WIDTH - empty]
 
 
-def largest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> NDArray[Any]:
+def largest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Return ids of a row `[V]` in no order: the `count` largest, all that tie with one of these, and some others.
 
     As many blocks as wanted ids have a maximum that is not below the `count`-th largest of the maxima; so nothing below
@@ -66,10 +66,13 @@ def largest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -
         maxima: its `block_maxima` `[N]`.
         count: at least 1.
     """
-    least = np.partition(maxima, -count)[-count] if count < len(maxima) else np.float32(-np.inf)
+    if count >= len(maxima):
+        return np.arange(len(row))
+    least = np.partition(maxima, -count)[-count]
     ids = members(np.flatnonzero(maxima >= least)).reshape(-1)
     ids = ids[ids < len(row)]
-    return ids[row[ids] >= least]
+    found: NDArray[np.int64] = ids[row[ids] >= least]
+    return found
 
 
 def fault(row: NDArray[np.float32], best: int) -> SessionError | None:

@@ -12,6 +12,7 @@ whose state is a counter: each is computed alone, from a seed, a position and th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +32,11 @@ def noise_key(seed: int, position: int) -> int:
     return _mix(_mix((seed + _GOLDEN) & _MASK) + (position + 1) * _GOLDEN & _MASK)
 
 
+def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the noise of ids, which `race` sees where it looks at all: standard Gumbel variables."""
+    return -np.log(_waits(np.full(len(ids), key, np.uint64), ids, block_of(ids)))
+
+
 def race(
     logits: NDArray[np.float32],
     maxima: NDArray[np.float32],
@@ -40,8 +46,9 @@ def race(
 ) -> NDArray[np.int64]:
     """Return for each row the id that maximizes logit / temperature + noise.
 
-    Every block has an id that the noise is known of, and so a score that is surely reached; blocks that cannot exceed
-    the best of these are never looked into.
+    What a block can reach at most is known of all. The block that may reach the most is looked into; of the others that
+    could exceed what was found there, only the id with the block's most noise; and all ids only of blocks that could
+    exceed that too: some 30 of 5,000 at V = 152k.
 
     Args:
         logits: `[R, V]`, the largest of each row a number, and no NaN.
@@ -50,61 +57,70 @@ def race(
         least: `[R]`, logits below it are out of the race; not above the largest logit.
         keys: `[R]`, the `noise_key` of each row.
     """
-    row, every = np.arange(len(logits))[:, None], np.arange(maxima.shape[1])[None]
-    waits, places = _block_waits(keys[:, None], every)
-    bounds = _scores(maxima, row, temperatures, least) - np.log(waits)
-    known = _scores(_at(logits, row, member(every, places)), row, temperatures, least) - np.log(waits)
-    rows, blocks = np.nonzero(bounds >= known.max(axis=1, keepdims=True))
-    alive = bounds[rows, blocks] > -np.inf
-    rows, blocks = rows[alive], blocks[alive]
-    ids = members(blocks)
-    noise = -np.log(_waits(keys[rows, None], ids, waits[rows, blocks][:, None], places[rows, blocks][:, None]))
-    scores = _scores(_at(logits, rows[:, None], ids), rows[:, None], temperatures, least) + noise
-    return _winners(rows, ids, scores)
-
-
-def gumbel(key: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the noise of ids, which `race` sees where it looks at all: standard Gumbel variables."""
-    keys = np.full(len(ids), key, np.uint64)
-    return -np.log(_waits(keys, ids, *_block_waits(keys, block_of(ids))))
-
-
-def _winners(rows: NDArray[np.int64], ids: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the id with the largest score of each row; `rows` `[P]` ascend, `ids` and `scores` are `[P, BLOCK]`."""
-    at = np.arange(len(rows)), scores.argmax(axis=1)
-    order = np.lexsort((scores[at], rows))
-    last = order[np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)]
-    winners: NDArray[np.int64] = ids[at][last]
+    field = _Field(logits, temperatures, least, keys)
+    bounds = field.bounds(maxima)
+    every = np.arange(len(logits))
+    best = field.contest(every, bounds.argmax(axis=1))[1]
+    at = np.flatnonzero(bounds >= best[:, None])
+    rows, blocks = np.divmod(at, bounds.shape[1])
+    np.maximum.at(best, rows, field.reached(rows, blocks))
+    keep = bounds.reshape(-1)[at] >= best[rows]
+    rows = rows[keep]
+    ids, scores = field.contest(rows, blocks[keep])
+    order = np.lexsort((scores, rows))
+    winners: NDArray[np.int64] = ids[order[np.searchsorted(rows, every, side="right") - 1]]
     return winners
 
 
-def _scores(
-    logits: NDArray[np.float32], row: NDArray[np.int64], temperatures: NDArray[np.float64], least: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return logits over the temperature of their row, -inf where they are out of the race."""
-    return np.where(logits >= least[row], logits / temperatures[row], -np.inf)
+@dataclass(frozen=True)
+class _Field:
+    """The arguments of a race, for rows and blocks that are picked: `[P]` of each."""
 
+    logits: NDArray[np.float32]
+    temperatures: NDArray[np.float64]
+    least: NDArray[np.float64]
+    keys: NDArray[np.uint64]
 
-def _at(logits: NDArray[np.float32], row: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the logits of ids, -inf for those that the model does not have."""
-    vocabulary = logits.shape[1]
-    found: NDArray[np.float32] = np.take(logits, row * vocabulary + np.minimum(ids, vocabulary - 1))
-    found[ids >= vocabulary] = -np.inf
-    return found
+    def bounds(self, maxima: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the most that each block can reach `[R, N]`."""
+        rows, every = np.arange(len(maxima))[:, None], np.arange(maxima.shape[1])[None]
+        waits, _ = _block_waits(self.keys[rows], every)
+        return self._scores(maxima, rows) - np.log(waits)
+
+    def contest(self, rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the best id of each block, and its score."""
+        rows, blocks, ids = rows[:, None], blocks[:, None], members(blocks)
+        scores = self._scores(self._logits_of(ids, rows), rows) - np.log(_waits(self.keys[rows], ids, blocks))
+        at = np.arange(len(ids)), scores.argmax(axis=1)
+        return ids[at], scores[at]
+
+    def reached(self, rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the score of the id in each block that has the most noise."""
+        waits, places = _block_waits(self.keys[rows], blocks)
+        return self._scores(self._logits_of(member(blocks, places), rows), rows) - np.log(waits)
+
+    def _scores(self, logits: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return logits over the temperature of their row, -inf where they are out of the race."""
+        return np.where(logits >= self.least[rows], logits / self.temperatures[rows], -np.inf)
+
+    def _logits_of(self, ids: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the logits of ids, -inf for those that the model does not have."""
+        vocabulary = self.logits.shape[1]
+        found: NDArray[np.float32] = np.take(self.logits, rows * vocabulary + np.minimum(ids, vocabulary - 1))
+        found[ids >= vocabulary] = -np.inf
+        return found
 
 
 def _block_waits(keys: NDArray[np.uint64], blocks: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the least exponential variable of each block, and the place of the id that has it."""
     bits = _hash(keys, blocks.astype(np.uint64) + np.uint64(_BLOCKS))
-    return _exponential(bits) / BLOCK, (bits % np.uint64(BLOCK)).astype(np.int64)
+    return _exponential(bits) / BLOCK, (bits & np.uint64(BLOCK - 1)).astype(np.int64)
 
 
-def _waits(
-    keys: NDArray[np.uint64], ids: NDArray[np.int64], least: NDArray[np.float64], place: NDArray[Any]
-) -> NDArray[np.float64]:
-    """Return the exponential variable of each id, given what `_block_waits` says of its block."""
-    others = _exponential(_hash(keys, ids.astype(np.uint64)))
-    return least + np.where(place_in_block(ids) == place, 0.0, others)
+def _waits(keys: NDArray[np.uint64], ids: NDArray[np.int64], blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the exponential variable of each id, which is in the block given."""
+    least, places = _block_waits(keys, blocks)
+    return least + np.where(place_in_block(ids) == places, 0.0, _exponential(_hash(keys, ids.astype(np.uint64))))
 
 
 def _exponential(bits: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -56,8 +56,13 @@ def _logprob(row: NDArray[np.float32], token: int, top: Sequence[int]) -> TokenL
         raise error
     weights = row - row[best]
     np.exp(weights, out=weights)
-    total = float(row[best]) + math.log(weights.sum(dtype=np.float64))
-    return TokenLogprob(token, float(row[token]) - total, tuple((each, float(row[each]) - total) for each in top))
+    weights[best] = 0  # added last, by log1p: a token that is nearly certain keeps its small logprob
+    top_logprob = -math.log1p(float(weights.sum()))
+
+    def logprob(each: int) -> float:
+        return float(row[each]) - float(row[best]) + top_logprob
+
+    return TokenLogprob(token, logprob(token), tuple((each, logprob(each)) for each in top))
 
 
 def _likeliest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> list[int]:

@@ -26,7 +26,6 @@ from runtime.gumbel import noise_key, race
 
 _MOST_SEED: Final = 2**64 - 1
 _MIN_TEMPERATURE: Final = 1e-3
-_NUCLEUS: Final = 64  # tokens to begin with where as many as have the mass are looked for
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:
@@ -85,6 +84,11 @@ class SamplingParams:
     def needs_counts(self) -> bool:
         """Whether it matters which tokens came before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def weighs_all(self) -> bool:
+        """Whether top-p has to weigh all tokens, not only those that top-k leaves."""
+        return self.top_p < 1 and not self.top_k
 
 
 GREEDY: Final = SamplingParams()
@@ -197,48 +201,70 @@ def _penalize(row: NDArray[np.float32], counts: TokenCounts, params: SamplingPar
 
 
 def _drawn(logits: NDArray[np.float32], best: Sequence[int], draws: Sequence[Draw]) -> list[int]:
-    """Return the ids that are drawn from rows whose largest logits are at `best`."""
+    """Return the ids that are drawn from rows whose largest logits are at `best`.
+
+    Most of what is drawn lies in the nucleus. So top-p, where it has a whole row to weigh, is first asked about the one
+    token that wins without it; where that is not kept, another is drawn from those that are.
+    """
+    params = [draw.params for draw in draws]
+    tops = [float(row[at]) for row, at in zip(logits, best, strict=True)]
     maxima = block_maxima(logits)
-    least = [
-        _least_kept(row, tops, float(row[top]), draw.params)
-        for row, tops, top, draw in zip(logits, maxima, best, draws, strict=True)
-    ]
-    temperatures = np.array([draw.params.temperature for draw in draws], np.float64)
+    least = np.array([_least_kept(*each) for each in zip(logits, maxima, tops, params, strict=True)])
+    temperatures = np.array([each.temperature for each in params], np.float64)
     keys = np.array([noise_key(draw.params.seed, draw.position) for draw in draws], np.uint64)
-    tokens: list[int] = race(logits, maxima, temperatures, np.array(least), keys).tolist()
-    return tokens
+    tokens = race(logits, maxima, temperatures, least, keys)
+    again = [
+        at
+        for at, (row, each) in enumerate(zip(logits, params, strict=True))
+        if tokens[at] != best[at] and each.weighs_all and not _is_in_nucleus(row, int(tokens[at]), tops[at], each)
+    ]
+    if again:
+        least[again] = [max(least[at], _least_of_nucleus(logits[at], tops[at], params[at])) for at in again]
+        tokens[again] = race(logits[again], maxima[again], temperatures[again], least[again], keys[again])
+    chosen: list[int] = tokens.tolist()
+    return chosen
 
 
 def _least_kept(row: NDArray[np.float32], maxima: NDArray[np.float32], best: float, params: SamplingParams) -> float:
-    """Return the least logit that the filters keep, -inf where there are none.
+    """Return the least logit that the filters keep, but for top-p of a whole row; -inf where there are none.
 
     Ranks are those of the logits themselves: the division by the temperature can make two of them equal.
     """
     least = -math.inf
-    if 0 < params.top_k < len(row):
+    if params.top_k:
         some = row[largest(row, maxima, params.top_k)]
-        least = float(np.partition(some, -params.top_k)[-params.top_k])
-    if params.top_p < 1:
-        least = _least_of_nucleus(row, maxima, best, least, params)
+        rank = min(params.top_k, len(row))
+        least = float(np.partition(some, -rank)[-rank])
+        if params.top_p < 1:
+            some = some[some >= least]
+            least = _least_with_mass(some, params.top_p * float(_weights(some, best, params).sum()), best, params)
     if params.min_p > 0:
         least = max(least, best + params.temperature * math.log(params.min_p))
     return least
 
 
-def _least_of_nucleus(
-    row: NDArray[np.float32], maxima: NDArray[np.float32], best: float, least: float, params: SamplingParams
-) -> float:
-    """Return the least logit of the nucleus of those that top-k leaves, which are not below `least`."""
-    count = params.top_k or _NUCLEUS
-    total = None if params.top_k else float(_weights(row, best, params).sum())
-    while True:
-        some = row[largest(row, maxima, count)]
-        some = np.sort(some[some >= least])[::-1]
-        mass = np.cumsum(_weights(some, best, params), dtype=np.float64)
-        wanted = params.top_p * (mass[-1] if total is None else total)
-        if mass[-1] >= wanted or count >= len(maxima):
-            return float(some[min(int(np.searchsorted(mass, wanted)), len(some) - 1)])
-        count *= 4
+def _is_in_nucleus(row: NDArray[np.float32], token: int, best: float, params: SamplingParams) -> bool:
+    """Whether top-p keeps a token: those that are likelier have not enough mass without it."""
+    weights = _weights(row, best, params)
+    return bool(weights[row > row[token]].sum() < params.top_p * weights.sum())
+
+
+def _least_of_nucleus(row: NDArray[np.float32], best: float, params: SamplingParams) -> float:
+    """Return the least logit that top-p keeps of a whole row.
+
+    Tokens less likely than (1 - top_p) / V weigh less than 1 - top_p together: only the others are sorted.
+    """
+    weights = _weights(row, best, params)
+    total = float(weights.sum())
+    some = row[weights >= (1 - params.top_p) * total / len(row) * (1 - 1e-5)]  # 1e-5: roundings of the sum
+    return _least_with_mass(some, params.top_p * total, best, params)
+
+
+def _least_with_mass(some: NDArray[np.float32], mass: float, best: float, params: SamplingParams) -> float:
+    """Return the largest logit for which those that are not below it weigh `mass`; the least if all weigh less."""
+    ordered = np.sort(some)[::-1]
+    masses = np.cumsum(_weights(ordered, best, params), dtype=np.float64)
+    return float(ordered[min(int(np.searchsorted(masses, mass)), len(ordered) - 1)])
 
 
 def _weights(logits: NDArray[np.float32], best: float, params: SamplingParams) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,7 +41,7 @@ class Stats:
         slots: most that can run.
         reserved_tokens: of the cache, which the running ones may come to need.
         budget_tokens: which all of them together may reserve.
-        prompt_tokens: of the requests that got a first token.
+        prompt_tokens: of the requests that got a first token, or ended without one.
         generated_tokens: of all answers, finished or not.
         steps: taken.
         busy_s: seconds spent in steps.
@@ -116,11 +116,16 @@ class AsyncEngine:
             bell: set whenever there is news of the ticket; several tickets may share one.
             is_quiet: set it at the first token and at the end only, for a reader who wants the whole.
         """
-        ticket = AsyncTicket(self, request, bell or asyncio.Event(), is_quiet=is_quiet)
-        self._commands.put(lambda: self._add(ticket))
+        return self.add_many(request, 1, bell or asyncio.Event(), is_quiet=is_quiet)[0]
+
+    def add_many(self, request: Request, n: int, bell: asyncio.Event, *, is_quiet: bool = False) -> list[AsyncTicket]:
+        """Queue n requests of one prompt, as `Engine.add_many` does; they share the bell."""
+        tickets = [AsyncTicket(self, request, bell, is_quiet=is_quiet) for _ in range(n)]
+        self._commands.put(lambda: self._add(tickets))
         if self.error is not None:  # asked last: the thread sets it first and then empties the queue
-            ticket.end(self.error)
-        return ticket
+            for ticket in tickets:
+                ticket.end(self.error)
+        return tickets
 
     def cancel(self, ticket: AsyncTicket) -> None:
         """End a request wherever it is; its slot is free before the next step."""
@@ -165,7 +170,7 @@ class AsyncEngine:
 
     def _news(self, ticket: Ticket) -> _News:
         served, pieces = self._served[ticket.number], ticket.take_pieces()
-        if not served.is_counted and pieces:
+        if not served.is_counted and (pieces or ticket.is_finished):
             served.is_counted = True
             self._prompt_tokens += len(served.request.ids)
         self._generated_tokens += sum(len(piece.token_ids) for piece in pieces)
@@ -177,15 +182,17 @@ class AsyncEngine:
         except ServingError as error:
             return _News(served, pieces, error=error)
 
-    def _add(self, ticket: AsyncTicket) -> None:
+    def _add(self, tickets: Sequence[AsyncTicket]) -> None:
         try:
             if self.error is not None:
                 raise self.error
-            ticket.inner = self.engine.add(ticket.request)
+            added = self.engine.add_many(tickets[0].request, len(tickets))
         except ServingError as error:
-            self._tell([_News(ticket, [], error=error)])
+            self._tell([_News(ticket, [], error=error) for ticket in tickets])
             return
-        self._served[ticket.inner.number] = ticket
+        for ticket, inner in zip(tickets, added, strict=True):
+            ticket.inner = inner
+            self._served[inner.number] = ticket
 
     def _cancel(self, ticket: AsyncTicket) -> None:
         if ticket.inner is not None and self.error is None:
@@ -284,7 +291,7 @@ class AsyncTicket(AsyncIterator[list[Piece]]):
         if self.is_finished:
             return
         is_first = not self.has_begun
-        self.has_begun = self.has_begun or bool(news.pieces)
+        self.has_begun = self.has_begun or bool(news.pieces) or news.completion is not None
         self._pieces += news.pieces
         self.completion, self.error = news.completion, news.error
         if is_first or self.is_finished or not self._is_quiet:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from runtime.chat_template import ChatTemplate, Message
+from runtime.chat_tokens import ChatEncoder, strings
 from runtime.errors import ArtifactError, PromptError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None = None) -> None:
         self._backend = backend
-        self._chat_template = chat_template
+        self._chat = ChatEncoder(backend, chat_template) if chat_template is not None else None
         bytes_written_out = (backend.token_to_id(f"<0x{value:02X}>") for value in range(256))
         self._byte_ids = frozenset(token for token in bytes_written_out if token is not None)
         self._added = backend.get_added_tokens_decoder()
@@ -76,7 +77,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` can be used."""
-        return self._chat_template is not None
+        return self._chat is not None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, with the special tokens that the model expects around it."""
@@ -97,13 +98,16 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Return the ids of a conversation, ending where the assistant's answer begins.
 
+        Names of control tokens in the messages are ordinary text.
+
         Raises:
             PromptError: when there is no chat template or it refuses the messages.
         """
-        if self._chat_template is None:
+        if self._chat is None:
             raise PromptError("messages: this artifact has no chat template; give a plain prompt instead")
-        text = self._chat_template.render(messages, **variables)
-        return self._backend.encode(_unicode(text), add_special_tokens=False).ids  # the template writes them itself
+        for text in strings([messages, variables]):
+            _unicode(text)
+        return self._chat.encode(messages, variables)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens left out."""

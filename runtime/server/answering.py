@@ -98,7 +98,8 @@ class Answering(Response):
         service: Service,
         entry: Entry,
         engine: AsyncEngine,
-        requests: Sequence[Request],
+        prompts: Sequence[Request],
+        n: int,
         shape: Shape,
         *,
         prompt_tokens: int,
@@ -112,7 +113,8 @@ class Answering(Response):
             service: that it belongs to.
             entry: its place in the queue, which it leaves at the end.
             engine: who answers.
-            requests: one for each answer.
+            prompts: what to answer.
+            n: answers to each prompt.
             shape: how they are written.
             prompt_tokens: of all prompts, a prompt with several answers counted once.
             is_stream: whether pieces are sent as they come.
@@ -122,7 +124,7 @@ class Answering(Response):
         super().__init__()
         self._added = [(name.encode(), value.encode()) for name, value in headers.items()]
         self._service, self._entry, self._engine = service, entry, engine
-        self._requests, self._shape = requests, shape
+        self._prompts, self._n, self._shape = prompts, n, shape
         self._prompt_tokens, self._is_stream, self._timeout_s = prompt_tokens, is_stream, timeout_s
         self._bell = asyncio.Event()
         self._choices: list[_Choice] = []
@@ -135,8 +137,9 @@ class Answering(Response):
         timer = loop.call_later(self._timeout_s, self.expire)
         self._service.attend(self)
         try:
-            for request in self._requests:
-                self._choices.append(_Choice(self._engine.add(request, self._bell, is_quiet=not self._is_stream)))
+            for prompt in self._prompts:
+                tickets = self._engine.add_many(prompt, self._n, self._bell, is_quiet=not self._is_stream)
+                self._choices += map(_Choice, tickets)
             await self._answer(send)
         except ApiError as error:
             await error.response()(scope, receive, send)

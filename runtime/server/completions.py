@@ -30,8 +30,8 @@ def router(service: Service) -> APIRouter:
             options = _options(body, served)
             return [served.engine.engine.read(prompt, **options) for prompt in body.prompts]
 
-        def shape(requests: Sequence[Asked]) -> CompletionShape:
-            return CompletionShape(body, name, served, requests)
+        def shape(prompts: Sequence[Asked]) -> CompletionShape:
+            return CompletionShape(body, name, served, prompts)
 
         return await generate(
             service, served, body, request, answers=len(body.prompts) * body.n, read=read, shape=shape
@@ -42,19 +42,19 @@ def router(service: Service) -> APIRouter:
 
 def _options(body: CompletionBody, served: Served) -> Options:
     options = body.options(served.sampling)
-    options["logprobs"] = body.logprobs
-    if body.echo and body.logprobs is not None:
-        options["prompt_logprobs"] = body.logprobs
-        if body.max_tokens == 1:
-            options["ignore_eos"] = True  # who scores a prompt counts on one token after it, be it EOS
     options["max_tokens"] = body.max_tokens
+    options["logprobs"] = body.logprobs
+    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
+        options["prompt_logprobs"] = body.logprobs or 0
+    if body.echo and body.logprobs is not None and body.max_tokens == 1:
+        options["ignore_eos"] = True  # who scores a prompt counts on one token after it, be it EOS
     return options
 
 
 class CompletionShape:
     """Writes answers as OpenAI's `text_completion`."""
 
-    def __init__(self, body: CompletionBody, name: str, served: Served, requests: Sequence[Asked]) -> None:
+    def __init__(self, body: CompletionBody, name: str, served: Served, prompts: Sequence[Asked]) -> None:
         usage = body.stream_options
         self._frame = Frame(
             "cmpl",
@@ -64,9 +64,12 @@ class CompletionShape:
             includes_usage=usage.include_usage,
             is_continuous=usage.continuous_usage_stats,
         )
-        self._body, self._tokenizer, self._requests = body, served.tokenizer, requests
+        self._body, self._tokenizer, self._prompts = body, served.tokenizer, prompts
         count = body.logprobs
-        self._logprobs = None if count is None else [CompletionLogprobs(served.tokenizer, count) for _ in requests]
+        answers = len(prompts) * body.n
+        self._logprobs = (
+            None if count is None else [CompletionLogprobs(served.tokenizer, count) for _ in range(answers)]
+        )
 
     def whole(self, answers: Sequence[Answered], usage: Usage) -> dict[str, Any]:
         """Return the body of a response."""
@@ -79,7 +82,7 @@ class CompletionShape:
         text = answered.text
         if self._body.echo:
             text = self._prompt(index) + text
-            ids = [*self._requests[index].ids.tolist(), *ids]
+            ids = [*self._prompts[index // self._body.n].ids.tolist(), *ids]
             logprobs = [*self._prompt_logprobs(answered), *logprobs]
         return {
             "index": index,

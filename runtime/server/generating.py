@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -17,7 +16,6 @@ from runtime.server.service import Served, Service
 
 TIMEOUT: Final = "x-timeout-s"
 SEED: Final = "x-seed"
-_SEEDS: Final = 1 << 64
 
 
 async def generate(
@@ -39,7 +37,7 @@ async def generate(
         request: as it came.
         answers: how many it asks for.
         read: reads its prompts.
-        shape: how answers are written, given one request for each.
+        shape: how answers are written, given the prompts.
 
     Raises:
         ApiError: it is refused.
@@ -50,15 +48,15 @@ async def generate(
         prompts = await service.read(read)
         tokens = sum(len(prompt.ids) for prompt in prompts)
         entry.weigh(tokens)
-        requests = [each for prompt in prompts for each in _numbered(prompt, body.n)]
         seed = prompts[0].sampling.seed
         note(request.scope, model=body.model, seed=seed)
         return Answering(
             service,
             entry,
             served.engine,
-            requests,
-            shape(requests),
+            prompts,
+            body.n,
+            shape(prompts),
             prompt_tokens=tokens,
             is_stream=body.stream,
             timeout_s=timeout_s,
@@ -67,13 +65,6 @@ async def generate(
     except BaseException:
         entry.leave()
         raise
-
-
-def _numbered(prompt: Asked, n: int) -> list[Asked]:
-    """Return a request for each of n answers, whose seeds follow one another."""
-    seed = prompt.sampling.seed
-    samplings = [dataclasses.replace(prompt.sampling, seed=(seed + index) % _SEEDS) for index in range(n)]
-    return [dataclasses.replace(prompt, sampling=sampling) for sampling in samplings]
 
 
 def _timeout_s(request: Request, most: float) -> float:

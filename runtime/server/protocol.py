@@ -167,6 +167,8 @@ class CompletionBody(Generation):
             raise _field("best_of", "got {got}, expected n, which is {n}", got=self.best_of, n=self.n)
         if self.max_tokens == 0 and not self.echo:
             raise _field("max_tokens", "got 0, expected at least 1, or echo")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise _field("logprobs", "got it with echo and stream; a prompt's logprobs come with the whole alone")
         if len(self.prompts) * self.n > MAX_CHOICES:
             text = "got {prompts} with n = {n}, expected at most {most} answers in all"
             raise _field("prompt", text, prompts=len(self.prompts), n=self.n, most=MAX_CHOICES)

@@ -5,30 +5,21 @@
         async for pieces in ticket:         # all that came since the last look
             print("".join(piece.text for piece in pieces), end="")
 
-Only that thread touches the engine: requests and cancellations reach it through a queue, between two steps, and each
-step wakes the event loop once, for all answers together. A reader that is slow finds its pieces in a list, which
-`max_tokens` bounds. With nothing to do the thread sleeps.
+Requests and cancellations reach the engine between two steps, and each step wakes the event loop once, for all answers
+together (`worker`). A reader that is slow finds its pieces in a list, which `max_tokens` bounds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import queue
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from runtime.engine import Engine, Ticket
-from runtime.errors import ServingError, SessionError
+from runtime.errors import ServingError
 from runtime.request import Completion, Piece, Request
-
-NAP_S: Final = 1.0
-
-_log = logging.getLogger(__name__)
+from runtime.worker import NAP_S, Worker
 
 
 @dataclass(frozen=True)
@@ -68,41 +59,21 @@ class _News:
     error: ServingError | None = None
 
 
-class AsyncEngine:
+class AsyncEngine(Worker):
     """Runs an engine on its own thread, between `async with` and its end.
 
     Attributes:
         engine: for what any thread may do: `read`, and what never changes.
-        error: why it stopped; None while it is well. It never starts again.
     """
 
     def __init__(self, engine: Engine, *, nap_s: float = NAP_S) -> None:
         """Take an engine, which is its alone from then on; `nap_s` is how often its thread shows life without work."""
+        super().__init__("engine", nap_s)
         self.engine = engine
-        self.error: ServingError | None = None
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._served: dict[int, AsyncTicket] = {}  # by the number of the engine's ticket; the thread's alone
-        self._nap_s = nap_s
-        self._is_closing = False
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self._busy_s = 0.0
         self._stats = self._measured()
-        self._alive_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="engine")
-
-    async def __aenter__(self) -> AsyncEngine:
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._commands.put(self._close)
-        await asyncio.to_thread(self._thread.join)
-
-    @property
-    def heartbeat_s(self) -> float:
-        """Seconds since the thread last showed life; it does after each step and each nap."""
-        return time.monotonic() - self._alive_at
 
     def stats(self) -> Stats:
         """Return what it has done so far."""
@@ -135,30 +106,17 @@ class AsyncEngine:
 
     # ---- on the thread
 
-    def _run(self) -> None:
-        try:
-            while not self._is_closing:
-                self._obey()
-                news = self._step() if self.engine.has_work else []
-                self._stats = self._measured()
-                self._alive_at = time.monotonic()
-                self._tell(news)
-            self.error = ServingError("engine: is closed; ask again later")
-        except Exception as error:
-            _log.exception("the engine has stopped")
-            self.error = SessionError(f"engine: has stopped after {type(error).__name__}: {error}; restart the server")
-        self._tell([_News(ticket, [], error=self.error) for ticket in self._served.values()])
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._commands.get_nowait()()
+    @property
+    def _has_work(self) -> bool:
+        return self.engine.has_work
 
-    def _obey(self) -> None:
-        """Carry out what was asked since the last step; wait for something when there is no work."""
-        with contextlib.suppress(queue.Empty):
-            if not self.engine.has_work:
-                self._commands.get(timeout=self._nap_s)()
-            while True:
-                self._commands.get_nowait()()
+    def _turn(self) -> None:
+        news = self._step() if self.engine.has_work else []
+        self._stats = self._measured()
+        self._report(news)
+
+    def _fail(self, error: ServingError) -> None:
+        self._report([_News(ticket, [], error=error) for ticket in self._served.values()])
 
     def _step(self) -> list[_News]:
         begin = time.perf_counter()
@@ -188,7 +146,7 @@ class AsyncEngine:
                 raise self.error
             added = self.engine.add_many(tickets[0].request, len(tickets))
         except ServingError as error:
-            self._tell([_News(ticket, [], error=error) for ticket in tickets])
+            self._report([_News(ticket, [], error=error) for ticket in tickets])
             return
         for ticket, inner in zip(tickets, added, strict=True):
             ticket.inner = inner
@@ -200,16 +158,14 @@ class AsyncEngine:
             ticket.inner.cancel()
 
     def _close(self) -> None:
-        self._is_closing = True
+        super()._close()
         for ticket in self._served.values():
             assert ticket.inner is not None
             ticket.inner.cancel()
 
-    def _tell(self, news: list[_News]) -> None:
-        if not news:
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            self._loop.call_soon_threadsafe(_hand_out, news)
+    def _report(self, news: list[_News]) -> None:
+        if news:
+            self._tell(_hand_out, news)
 
     def _measured(self) -> Stats:
         now = self.engine.occupancy

@@ -44,4 +44,5 @@ def _described(service: Service, name: str, served: Served) -> dict[str, Any]:
     if isinstance(served.worker, AsyncEngine):
         engine = served.worker.engine
         described |= {"max_model_len": engine.longest, "slots": engine.session.slots, "sampling": dict(served.sampling)}
+        described["vocabulary"] = engine.session.vocabulary
     return described

@@ -32,13 +32,13 @@ from runtime.generation import open_decoder, run_prompt
 from runtime.invariance import examine
 from runtime.pace import Pace
 from runtime.request import Answer, Completion, Options, Piece, Prompt, Request, RequestReader, take_next
-from runtime.scheduler import Copy, Decode, Prefill, Scheduler
+from runtime.scheduler import Copy, Decode, Move, Prefill, Scheduler
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
 
 SLOTS: Final = 8
 MAX_STALL_MS: Final = 60.0
-_COPY_BYTES: Final = 2**24  # of keys and values copied within one step: about as long as a token takes
+_COPY_BYTES: Final = 2**25  # of keys and values copied within one step: 30 ms, most of it for new pages
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Engine:
             folder: the artifact.
             slots: most requests that run at once; None takes 8, or 1 where the graph runs one sequence at a time.
             kv_memory: most bytes of keys and values. A request is admitted when its prompt and `max_tokens` fit beside
-                those of the others, and waits until then. None takes all that the slots can hold.
+                those of the others, and waits until then. Beside it every slot may keep one page per head. None takes
+                all that the slots can hold.
             context: most tokens of one prompt and its answer; None takes all that the model can.
             threads: threads per operator; None takes what this process was given.
             max_stall_ms: how long a chunk of one prompt may keep the other answers from their next token.
@@ -259,9 +260,8 @@ class Engine:
         if step is None:
             assert not self._tickets
             return []
-        if isinstance(step, Copy):
-            self.session.cache.copy(step.source, step.slot, step.past, step.tokens)
-            self._scheduler.ran(step)
+        if isinstance(step, Copy | Move):
+            self._copy(step)
             return []
         return self._finish(step, self._run(step))
 
@@ -276,6 +276,13 @@ class Engine:
         slot = self._scheduler.remove(ticket.number)
         if slot is not None:
             self.session.free(slot)
+
+    def _copy(self, step: Copy | Move) -> None:
+        past = step.past if isinstance(step, Copy) else 0
+        self.session.cache.copy(step.source, step.slot, past, step.tokens)
+        if isinstance(step, Move):
+            self.session.free(step.source)
+        self._scheduler.ran(step)
 
     def _run(self, step: Prefill | Decode) -> NDArray[np.float32]:
         """Return the logits of the step's last position, or of its rows."""

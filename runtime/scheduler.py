@@ -7,8 +7,9 @@ group have the same prompt: one of them reads it, the others copy it from a slot
 Tokens are decoded at once for all slots from the lowest to the highest that is past its prompt. A slot between them
 that holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a
 free slot takes it at position 0, and a slot whose prompt is being read right after what was read of it; in both, what
-comes there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens. Where
-kernels round the last of an odd number of rows differently, one more dummy row makes their number even.
+comes there next overwrites it before anything reads it. The row costs as much as a live one after as many tokens, which
+copying the highest sequence into the hole saves. Where kernels round the last of an odd number of rows differently, one
+more dummy row makes their number even.
 """
 
 from __future__ import annotations
@@ -60,6 +61,23 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Move:
+    """Copy all `tokens` of a sequence to another slot, and free its own.
+
+    Attributes:
+        request: whose sequence.
+        slot: where it is from then on.
+        source: where it was.
+        tokens: how many its cache holds.
+    """
+
+    request: int
+    slot: int
+    source: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One slot in a decode.
 
@@ -80,7 +98,7 @@ class Decode:
     rows: tuple[Row, ...]
 
 
-Step = Prefill | Copy | Decode
+Step = Prefill | Copy | Move | Decode
 
 
 @dataclass(eq=False)
@@ -142,6 +160,7 @@ class Scheduler:
         self._even_rows = even_rows
         self._decoded_last = True
         self._favours_oldest = False
+        self._moved_last = False
 
     @property
     def has_work(self) -> bool:
@@ -199,10 +218,16 @@ class Scheduler:
         decoding = [slot for slot, place in enumerate(self._slots) if place and not place.left]
         if self._reading and (self._decoded_last or not decoding):
             return self._read(is_awaited=bool(decoding))
-        return self._decode(decoding[0], decoding[-1]) if decoding else None
+        if not decoding:
+            return None
+        return self._move(decoding[0], decoding[-1]) or self._decode(decoding[0], decoding[-1])
 
     def ran(self, step: Step) -> None:
         """Note that what `schedule` returned has been run."""
+        self._moved_last = isinstance(step, Move)
+        if isinstance(step, Move):
+            self._slots[step.slot], self._slots[step.source] = self._slots[step.source], None
+            return
         if isinstance(step, Decode):
             self._decoded_last = True
             for row, place in zip(step.rows, self._slots[step.first :], strict=False):
@@ -249,6 +274,19 @@ class Scheduler:
         most = self._chunk(place.past) if is_awaited else MOST_TOKENS
         tokens = next_chunk(place.left, most)
         return Prefill(place.request, slot, place.past, tokens, is_last=tokens == place.left)
+
+    def _move(self, first: int, last: int) -> Move | None:
+        """Return the move of the highest live sequence into the lowest hole between the live ones, if it is to be.
+
+        A hole is left to a request that has no slot yet, and a sequence that is too long to be copied at once stays. No
+        token waits for more than one move.
+        """
+        place = self._slots[last]
+        hole = next((slot for slot in range(first, last) if self._slots[slot] is None), None)
+        is_awaited = any(each not in self._slots for each in self._reading)
+        if place is None or hole is None or is_awaited or self._moved_last or place.past > self._copied:
+            return None
+        return Move(place.request, hole, last, place.past)
 
     def _decode(self, first: int, last: int) -> Decode:
         if self._even_rows and (last - first) % 2 == 0:

@@ -8,16 +8,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from runtime.errors import PromptError
-from runtime.scheduler import Copy, Decode, Prefill, Row, Scheduler, Step
+from runtime.scheduler import Copy, Decode, Move, Prefill, Row, Scheduler, Step
 
 GARBAGE = -1  # what a dummy row writes
 CHUNK = 4
 COPIED = 6  # tokens copied at once
 
 
-def scheduler(slots: int = 4, budget: int = 1000, granule: int = 1, even_rows: bool = False) -> Scheduler:
+def scheduler(
+    slots: int = 4, budget: int = 1000, granule: int = 1, copied: int = COPIED, even_rows: bool = False
+) -> Scheduler:
     return Scheduler(
-        slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=COPIED, even_rows=even_rows
+        slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=copied, even_rows=even_rows
     )
 
 
@@ -55,17 +57,59 @@ def test_while_others_decode_chunks_are_small_and_alternate_with_them() -> None:
 
 
 def test_a_hole_writes_at_its_beginning_and_a_prompt_being_read_right_after_what_was_read() -> None:
-    subject = scheduler()
+    subject = scheduler(copied=2)
+    for request in range(3):
+        subject.add(request, prompt=3, new=50)
+    for _ in range(5):
+        run(subject)
+    assert run(subject) == Decode(0, (Row(0, 5), Row(1, 4), Row(2, 3)))
+    assert subject.remove(1) == 1
+    assert run(subject) == Decode(0, (Row(0, 6), Row(None, 0), Row(2, 4)))
+    subject.add(3, prompt=9, new=5)
+    run(subject)
+    assert run(subject) == Decode(0, (Row(0, 7), Row(None, 4), Row(2, 5)))
+
+
+def test_the_highest_sequence_moves_into_the_lowest_hole_one_for_each_token() -> None:
+    subject = scheduler(slots=5)
+    for request in range(5):
+        subject.add(request, prompt=1, new=50)
+    for _ in range(10):
+        run(subject)
+    assert (subject.remove(0), subject.remove(2), subject.remove(3)) == (0, 2, 3)
+    assert [run(subject) for _ in range(3)] == [
+        Move(4, slot=2, source=4, tokens=2),
+        Decode(1, (Row(1, 5), Row(4, 2))),
+        Decode(1, (Row(1, 6), Row(4, 3))),
+    ]
+    assert subject.remove(4) == 2
+
+
+def test_two_holes_take_two_moves_with_a_token_between() -> None:
+    subject = scheduler(slots=5)
+    for request in range(5):
+        subject.add(request, prompt=1, new=50)
+    for _ in range(10):
+        run(subject)
+    assert (subject.remove(1), subject.remove(2)) == (1, 2)
+    assert [run(subject) for _ in range(4)] == [
+        Move(4, slot=1, source=4, tokens=2),
+        Decode(0, (Row(0, 6), Row(4, 2), Row(None, 0), Row(3, 3))),
+        Move(3, slot=2, source=3, tokens=4),
+        Decode(0, (Row(0, 7), Row(4, 3), Row(3, 4))),
+    ]
+
+
+def test_a_hole_is_left_to_a_request_that_has_no_slot_yet() -> None:
+    subject = scheduler(slots=3)
     for request in range(3):
         subject.add(request, prompt=1, new=50)
     for _ in range(5):
         run(subject)
-    assert run(subject) == Decode(0, (Row(0, 3), Row(1, 2), Row(2, 1)))
+    subject.add(3, prompt=1, new=50)
     assert subject.remove(1) == 1
-    assert run(subject) == Decode(0, (Row(0, 4), Row(None, 0), Row(2, 2)))
-    subject.add(3, prompt=9, new=5)
-    run(subject)
-    assert run(subject) == Decode(0, (Row(0, 5), Row(None, 4), Row(2, 3)))
+    assert run(subject) == Decode(0, (Row(0, 3), Row(None, 0), Row(2, 1)))
+    assert run(subject) == Prefill(3, slot=1, past=0, tokens=1, is_last=True)
 
 
 def test_slots_below_and_above_the_live_ones_do_not_run() -> None:
@@ -192,11 +236,16 @@ class Serving(RuleBasedStateMachine):
     """A scheduler beside a cache whose cells hold the number of the request that wrote them."""
 
     @initialize(
-        slots=st.integers(1, 5), budget=st.integers(40, 150), granule=st.sampled_from([1, 8]), even_rows=st.booleans()
+        slots=st.integers(1, 5),
+        budget=st.integers(40, 150),
+        granule=st.sampled_from([1, 8]),
+        copied=st.sampled_from([COPIED, 20]),
+        even_rows=st.booleans(),
     )
-    def begin(self, slots: int, budget: int, granule: int, even_rows: bool) -> None:
-        self.subject = scheduler(slots, budget, granule, even_rows)
-        self.slots, self.budget, self.granule, self.even_rows = slots, budget, granule, even_rows
+    def begin(self, slots: int, budget: int, granule: int, copied: int, even_rows: bool) -> None:
+        self.subject = scheduler(slots, budget, granule, copied, even_rows)
+        self.slots, self.budget, self.granule = slots, budget, granule
+        self.copied, self.even_rows, self.moved_last = copied, even_rows, False
         self.cells: list[dict[int, int]] = [{} for _ in range(slots + slots % 2)]
         self.group: dict[int, int] = {}  # request -> the first of those that share its prompt
         self.asked: dict[int, tuple[int, int]] = {}  # request -> prompt, new: those not ended yet
@@ -247,6 +296,8 @@ class Serving(RuleBasedStateMachine):
     def run(self, step: Step) -> list[int]:
         if isinstance(step, Decode):
             return self.decode(step)
+        if isinstance(step, Move):
+            return self.move(step)
         self.take_place(step)
         self.require_own(step.slot, step.request, step.past)
         return self.read(step) if isinstance(step, Prefill) else self.copy(step)
@@ -274,12 +325,23 @@ class Serving(RuleBasedStateMachine):
     def copy(self, step: Copy) -> list[int]:
         """A copy ends within the prompt, so that at least two tokens are left to run, after an even number."""
         assert step.past + step.tokens <= self.copyable(step.request)
-        assert step.tokens % 2 == 0 and 0 < step.tokens <= COPIED
+        assert step.tokens % 2 == 0 and 0 < step.tokens <= self.copied
         copied = [self.cells[step.source][at] for at in range(step.past, step.past + step.tokens)]
         assert {self.group[request] for request in copied} == {self.group[step.request]}
         self.cells[step.slot] |= dict.fromkeys(range(step.past, step.past + step.tokens), step.request)
-        if step.tokens == COPIED:  # counts as a chunk
+        if step.tokens == self.copied:  # counts as a chunk
             self.count_waits({step.request})
+        return []
+
+    def move(self, step: Move) -> list[int]:
+        """All of a sequence goes to a slot of nobody's, below its own and above another's that is decoded."""
+        assert not self.moved_last and step.tokens <= self.copied
+        assert self.place[step.request] == step.source and step.slot not in self.place.values()
+        assert min(self.place[request] for request in self.made) < step.slot < step.source
+        assert self.cells[step.source] == dict.fromkeys(range(step.tokens), step.request)
+        self.place[step.request] = step.slot
+        self.cells[step.slot], self.cells[step.source] = self.cells[step.source], {}
+        self.moved_last = True
         return []
 
     def copyable(self, request: int) -> int:
@@ -303,12 +365,22 @@ class Serving(RuleBasedStateMachine):
                 assert row.past == prompt + self.made[row.request] - 1
                 self.require_own(slot, row.request, row.past)
             self.cells[slot][row.past] = GARBAGE if row.request is None else row.request
+        self.require_no_hole(step)
+        self.moved_last = False
         self.count_waits(live)
         return sorted(live)
 
     def require_own(self, slot: int, request: int, past: int) -> None:
         """All that a row reads was written for it: no dummy row's token, no earlier request's."""
         assert [self.cells[slot].get(at) for at in range(past)] == [request] * past
+
+    def require_no_hole(self, step: Decode) -> None:
+        """Only slots of prompts that are read run as dummy rows, unless the highest sequence could not move yet."""
+        slots = [self.place[request] for request in self.made]
+        holes = set(range(min(slots), max(slots))) - set(self.place.values())
+        highest = max(self.made, key=lambda request: self.place[request])
+        is_long = self.asked[highest][0] + self.made[highest] - 1 > self.copied
+        assert not holes or is_long or self.moved_last or len(self.place) < len(self.admitted)
 
     def require_fair_admission(self) -> None:
         """Who came first is in, all who fit, and nobody else."""

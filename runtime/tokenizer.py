@@ -79,9 +79,9 @@ class Tokenizer:
         """Whether `encode_chat` can be used."""
         return self._chat is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with the special tokens that the model expects around it."""
-        return self._backend.encode(_unicode(text)).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of a text, with the special tokens that the model expects around it unless told otherwise."""
+        return self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Return each text as `encode` does, and whether it was cut."""
@@ -109,9 +109,9 @@ class Tokenizer:
             _unicode(text)
         return self._chat.encode(messages, variables)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of ids, special tokens left out unless told otherwise."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self) -> Detokenizer:
         """Return a fresh incremental decoder."""

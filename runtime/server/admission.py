@@ -68,7 +68,7 @@ class Admission:
 
 
 class Entry:
-    """The place of one request among those of the server; it ends with `leave`, however the request does."""
+    """The place of one request among those of the server; it ends with `leave`, or as a context manager."""
 
     def __init__(self, admission: Admission, requests: int) -> None:
         self._admission = admission
@@ -77,6 +77,12 @@ class Entry:
         self._has_left = False
         admission.waiting += requests
         admission.running += requests
+
+    def __enter__(self) -> Entry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def weigh(self, tokens: int) -> None:
         """Add the tokens of its prompts, now that they are known.

@@ -97,6 +97,7 @@ class Answering(Response):
         self,
         service: Service,
         entry: Entry,
+        name: str,
         engine: AsyncEngine,
         prompts: Sequence[Request],
         n: int,
@@ -112,6 +113,7 @@ class Answering(Response):
         Args:
             service: that it belongs to.
             entry: its place in the queue, which it leaves at the end.
+            name: of the model.
             engine: who answers.
             prompts: what to answer.
             n: answers to each prompt.
@@ -123,7 +125,7 @@ class Answering(Response):
         """
         super().__init__()
         self._added = [(name.encode(), value.encode()) for name, value in headers.items()]
-        self._service, self._entry, self._engine = service, entry, engine
+        self._service, self._entry, self._name, self._engine = service, entry, name, engine
         self._prompts, self._n, self._shape = prompts, n, shape
         self._prompt_tokens, self._is_stream, self._timeout_s = prompt_tokens, is_stream, timeout_s
         self._bell = asyncio.Event()
@@ -151,6 +153,7 @@ class Answering(Response):
             self._service.dismiss(self)
             for choice in self._choices:
                 choice.ticket.cancel()
+                self._service.metrics.ended(self._name, choice.ticket.request, choice.ticket.completion)
             self._entry.leave()
             note(scope, **self._usage().content)
 

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from runtime.server import chat, completions, health, models
-from runtime.server.errors import ApiError, answer_api_error, answer_http_error, answer_validation_error
+from runtime.server import chat, completions, health, metrics, models, tokens
+from runtime.server.errors import ApiError, ErrorBody, answer_api_error, answer_http_error, answer_validation_error
 from runtime.server.guard import Guard
 from runtime.server.service import Served, Service
 from runtime.server.settings import Settings
@@ -28,12 +28,18 @@ def create_app(models_served: Mapping[str, Served], settings: Settings) -> FastA
         async with service.running():
             yield
 
-    app = FastAPI(title="optimize serve", lifespan=lifespan, docs_url=None, redoc_url=None)  # those load from a CDN
+    app = FastAPI(
+        title="optimize serve",
+        lifespan=lifespan,
+        docs_url=None,  # those pages load from a CDN
+        redoc_url=None,
+        responses={status: {"model": ErrorBody} for status in ("4XX", "5XX")},
+    )
     app.state.service = service
-    for module in (health, models, completions, chat):
+    for module in (health, metrics, models, completions, chat, tokens):
         app.include_router(module.router(service))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, answer_validation_error)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     return app

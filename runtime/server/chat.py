@@ -34,7 +34,7 @@ def router(service: Service) -> APIRouter:
         def shape(_: Sequence[Asked]) -> ChatShape:
             return ChatShape(body, name, served)
 
-        return await generate(service, served, body, request, answers=body.n, read=read, shape=shape)
+        return await generate(service, name, served, body, request, answers=body.n, read=read, shape=shape)
 
     return routes
 

@@ -34,7 +34,7 @@ def router(service: Service) -> APIRouter:
             return CompletionShape(body, name, served, prompts)
 
         return await generate(
-            service, served, body, request, answers=len(body.prompts) * body.n, read=read, shape=shape
+            service, name, served, body, request, answers=len(body.prompts) * body.n, read=read, shape=shape
         )
 
     return routes

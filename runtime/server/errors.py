@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from runtime.errors import PromptError, SamplingError, ServingError
@@ -65,6 +66,21 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole response."""
         return JSONResponse(self.content, self.status, self.headers)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every response that is no answer."""
+
+    error: ErrorDetail
 
 
 async def answer_api_error(_: Request, error: Exception) -> JSONResponse:

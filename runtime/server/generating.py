@@ -20,6 +20,7 @@ SEED: Final = "x-seed"
 
 async def generate(
     service: Service,
+    name: str,
     served: Served,
     body: Generation,
     request: Request,
@@ -32,6 +33,7 @@ async def generate(
 
     Args:
         service: that it came to.
+        name: of the model.
         served: the model.
         body: what was asked.
         request: as it came.
@@ -49,10 +51,11 @@ async def generate(
         tokens = sum(len(prompt.ids) for prompt in prompts)
         entry.weigh(tokens)
         seed = prompts[0].sampling.seed
-        note(request.scope, model=body.model, seed=seed)
+        note(request.scope, model=name, seed=seed)
         return Answering(
             service,
             entry,
+            name,
             served.engine,
             prompts,
             body.n,

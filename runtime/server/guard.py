@@ -21,13 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server import log
 from runtime.server.errors import ApiError
+from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 
 MAX_NESTING: Final = 32
 BODY_TIMEOUT_S: Final = 30.0
 KEYLESS: Final = frozenset({"/livez", "/"})
 QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})  # asked all day: logged only when they fail
-_STRUCTURE: Final = bytes(byte for byte in range(256) if byte not in b'"\\[]{}')
+_NO_STRUCTURE: Final = bytes(byte for byte in range(256) if byte not in b'"[]{}')
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -47,8 +48,9 @@ _ALLOWED: Final = (
 class Guard:
     """ASGI middleware; pure, so that a stream passes through it without another task."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._settings = settings
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._hosts = {"localhost", settings.host.lower(), *(name.lower() for name in settings.allow_hosts)}
@@ -68,6 +70,7 @@ class Guard:
             log.exception("request failed", error, request_id=visit.request_id)
             await visit.refuse(ApiError(500, "server: a bug; its log has more under this request's id"))
         finally:
+            self._metrics.visited(visit.route, visit.status)
             visit.log()
 
     async def _pass(self, visit: _Visit, receive: Receive) -> None:
@@ -157,14 +160,14 @@ class _Visit:
         self.request_id = given.decode() if is_sane else f"req-{secrets.token_hex(12)}"
         self.added: list[tuple[bytes, bytes]] = [*_HEADERS, (b"x-request-id", self.request_id.encode())]
         self._send = send
-        self._status: int | None = None
+        self.status: int | None = None
         self._begin = time.perf_counter()
         log.note(scope)
 
     async def send(self, message: Message) -> None:
         """Send a message of the response; what all responses say is added to its headers."""
         if message["type"] == "http.response.start":
-            self._status = message["status"]
+            self.status = message["status"]
             own = list(message.get("headers", []))
             policy = () if any(name.lower() == _POLICY[0] for name, _ in own) else (_POLICY,)
             message = {**message, "headers": [*own, *self.added, *policy]}
@@ -172,21 +175,26 @@ class _Visit:
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with an error; once a response has begun, it can only be cut off."""
-        if self._status is None:
+        if self.status is None:
             await error.response()(self.scope, _nothing, self.send)
+
+    @property
+    def route(self) -> str | None:
+        """The path of the route that took it, as it is declared."""
+        path: str | None = getattr(self.scope.get("route"), "path", None)
+        return path
 
     def log(self) -> None:
         """Write the line of this request."""
         path = self.scope["path"]
-        if path in QUIET and self._status == 200:
+        if path in QUIET and self.status == 200:
             return
-        route = getattr(self.scope.get("route"), "path", None)
         log.event(
             "request",
             request_id=self.request_id,
             method=self.scope["method"],
-            route=route,
-            status=self._status,
+            route=self.route,
+            status=self.status,
             ms=round((time.perf_counter() - self._begin) * 1e3, 1),
             **log.notes(self.scope),
         )
@@ -194,13 +202,12 @@ class _Visit:
 
 def is_nested_deeper(body: bytes, most: int) -> bool:
     """Whether JSON has more than `most` brackets open at once; what is no JSON may pass, for its parser to refuse."""
-    structure = body.translate(None, _STRUCTURE)
-    if structure.count(b"[") + structure.count(b"{") <= most:
+    if body.count(b"[") + body.count(b"{") <= most:
         return False
-    structure = re.sub(rb"\\.|\\$", b"", structure)
+    structure = re.sub(rb"\\.", b"", body, flags=re.DOTALL).translate(None, _NO_STRUCTURE)
     structure = re.sub(rb'"[^"]*"', b"", structure)
     for _ in range(most):  # each time the innermost level goes
-        structure = structure.replace(b"[]", b"").replace(b"{}", b"")
+        structure = re.sub(rb"\[\]|\{\}", b"", structure)
     return structure.count(b"[") + structure.count(b"{") > 0
 
 

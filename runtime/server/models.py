@@ -39,10 +39,10 @@ def _described(service: Service, name: str, served: Served) -> dict[str, Any]:
         "owned_by": manifest.lineage.base_model,
         "kind": manifest.kind,
         "digest": manifest.digest,
-        "max_model_len": manifest.context_length,
+        "vocabulary": manifest.vocabulary,
+        "max_model_len": served.longest,
     }
     if isinstance(served.worker, AsyncEngine):
         engine = served.worker.engine
-        described |= {"max_model_len": engine.longest, "slots": engine.session.slots, "sampling": dict(served.sampling)}
-        described["vocabulary"] = engine.session.vocabulary
+        described |= {"slots": engine.session.slots, "sampling": dict(served.sampling)}
     return described

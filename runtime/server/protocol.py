@@ -251,5 +251,29 @@ class ChatBody(Generation):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class TokenizeBody(Body):
+    """What `/tokenize` takes: a prompt, or messages for the chat template."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: Annotated[dict[str, str | bool | int | float], Field(max_length=32)] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise _field("prompt", "expected either a prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """What `/detokenize` takes."""
+
+    model: Name | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
 def _field(name: str, text: str, **values: object) -> PydanticCustomError:
     return PydanticCustomError("value", text, {"field": name, **values})

@@ -16,27 +16,15 @@ from runtime.async_engine import AsyncEngine
 from runtime.errors import ServingError
 from runtime.server.admission import Admission
 from runtime.server.errors import ApiError
+from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 from runtime.tokenizer import Tokenizer
+from runtime.worker import Worker
 
 READERS: Final = 2  # threads that tokenize: the libraries release the GIL
 STUCK_S: Final = 120.0  # a worker that shows no life for so long never will
 
 _T = TypeVar("_T")
-
-
-class Worker(Protocol):
-    """What runs a model on a thread of its own: an `AsyncEngine`, or the like for encoders."""
-
-    error: ServingError | None
-
-    @property
-    def heartbeat_s(self) -> float:
-        """Seconds since it last showed life."""
-
-    async def __aenter__(self) -> object: ...
-
-    async def __aexit__(self, *error: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,13 +50,18 @@ class Served:
         return self.worker
 
     @property
+    def longest(self) -> int:
+        """Most tokens of a text, or of a prompt and its answer together."""
+        return self.engine.engine.longest if isinstance(self.worker, AsyncEngine) else self.manifest.context_length
+
+    @property
     def described(self) -> str:
         """What it can, in words."""
         if not isinstance(self.worker, AsyncEngine):
             return self.manifest.described_kind
         engine, stats = self.worker.engine, self.worker.stats()
         megabytes = stats.budget_tokens * engine.session.cache.token_bytes / 1e6
-        return f"{stats.slots} slots, context {engine.longest} tokens, at most {megabytes:.0f} MB of keys and values"
+        return f"{stats.slots} slots, context {self.longest} tokens, at most {megabytes:.0f} MB of keys and values"
 
 
 class Service:
@@ -79,6 +72,7 @@ class Service:
         settings: what it was told.
         admission: who waits.
         started: when, by `time.time`.
+        metrics: what it counts.
     """
 
     def __init__(self, models: Mapping[str, Served], settings: Settings) -> None:
@@ -86,6 +80,8 @@ class Service:
         self.settings = settings
         self.admission = Admission(settings)
         self.started = time.time()
+        engines = {name: each.worker for name, each in models.items() if isinstance(each.worker, AsyncEngine)}
+        self.metrics = Metrics(engines, settings.dollars_per_hour)
         self._jobs: set[Expiring] = set()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
 

@@ -23,7 +23,7 @@ def _chat_token(tokenizer: Tokenizer, each: TokenLogprob) -> dict[str, Any]:
 
 def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     raw = tokenizer.token_bytes(token)
-    return {"token": _shown(raw), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
+    return {"token": shown(raw), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
 
 
 class CompletionLogprobs:
@@ -45,7 +45,7 @@ class CompletionLogprobs:
         }
 
     def _shown(self, token: int) -> str:
-        return _shown(self._tokenizer.token_bytes(token))
+        return shown(self._tokenizer.token_bytes(token))
 
     def _top(self, each: TokenLogprob) -> dict[str, float]:
         """Return text to logprob of the likeliest, and of the token itself; of equal texts the likelier counts."""
@@ -60,7 +60,7 @@ class CompletionLogprobs:
         return at
 
 
-def _shown(raw: bytes) -> str:
+def shown(raw: bytes) -> str:
     """Return a token's text; one that is part of a character reads `bytes:\\xe2\\x82`."""
     try:
         return raw.decode()

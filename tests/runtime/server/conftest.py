@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,29 @@ collect_ignore_glob = [] if HAS_SERVE and importlib.util.find_spec("httpx2") els
 NAME = "artifact-v1"
 
 
-def make_app(folder: Path, settings: Any = None, **options: Any) -> Any:
-    """Return an application that serves one decoder on one thread."""
+@pytest.fixture(scope="session")
+def app_of(decoder_folder: Path) -> Callable[..., Any]:
+    """Return what makes an application of settings and of options of the engine: one decoder on one thread."""
     from runtime.server.app import create_app
     from runtime.server.loading import EngineOptions, load
     from runtime.server.settings import Settings
 
-    served = load(folder, EngineOptions(threads=1, **({"slots": 4} | options)))
-    return create_app({NAME: served}, settings or Settings())
+    def make(settings: Settings | None = None, **options: Any) -> Any:
+        served = load(decoder_folder, EngineOptions(threads=1, **({"slots": 4} | options)))
+        return create_app({NAME: served}, settings or Settings())
+
+    return make
 
 
-def make_client(app: Any) -> Any:
-    """Return a client that starts and ends the application with `with`."""
+@pytest.fixture(scope="session")
+def client_of() -> Callable[..., Any]:
+    """Return what makes a client of an application, which `with` starts and ends."""
     from starlette.testclient import TestClient
 
-    return TestClient(app, base_url="http://localhost")
+    return partial(TestClient, base_url="http://localhost")
 
 
 @pytest.fixture(scope="module")
-def client(decoder_folder: Path) -> Iterator[Any]:
-    with make_client(make_app(decoder_folder)) as made:
+def client(app_of: Callable[..., Any], client_of: Callable[..., Any]) -> Iterator[Any]:
+    with client_of(app_of()) as made:
         yield made

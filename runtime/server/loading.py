@@ -12,7 +12,8 @@ from typing import Any, Final
 from runtime.artifact import verify
 from runtime.async_engine import AsyncEngine
 from runtime.engine import MAX_STALL_MS, Engine
-from runtime.errors import ArtifactError, SettingsError
+from runtime.errors import ArtifactError, SamplingError, SettingsError
+from runtime.sampler import SamplingParams
 from runtime.server.service import Served
 
 _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -66,4 +67,9 @@ def sampling_defaults(folder: Path) -> Mapping[str, float]:
     except (OSError, ValueError, RecursionError):
         return MappingProxyType({})
     known: dict[str, Any] = content if isinstance(content, dict) else {}
-    return MappingProxyType({name: known[name] for name in _SAMPLING if type(known.get(name)) in (int, float)})
+    found = {name: known[name] for name in _SAMPLING if type(known.get(name)) in (int, float)}
+    try:
+        SamplingParams(**found)
+    except SamplingError:
+        return MappingProxyType({})
+    return MappingProxyType(found)

@@ -7,10 +7,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from runtime.logprobs import MOST_LOGPROBS
@@ -22,6 +32,7 @@ from runtime.server.settings import MAX_CHOICES
 _SEEDS: Final = 1 << 64
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Name = Annotated[str, Field(max_length=512)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _NO_TOOLS: Final[dict[str, tuple[object, ...]]] = {
     "tools": ([],),
@@ -38,6 +49,18 @@ _NO_MODES: Final[dict[str, tuple[object, ...]]] = {
     "reasoning_effort": (),
     "verbosity": (),
 }
+
+
+def _one_of(expected: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
+    """Return a validator that tells of a union as a whole, not of each thing that a value is not."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("union", f"expected {expected}") from None
+
+    return check
 
 
 class Body(BaseModel):
@@ -87,10 +110,10 @@ class Generation(Body):
     frequency_penalty: float = 0.0
     logit_bias: Annotated[dict[str, float], Field(max_length=1024)] = {}
     seed: Annotated[int, Field(ge=-(1 << 63), lt=_SEEDS)] | None = None
-    stop: (
-        Annotated[str, Field(max_length=1024)]
-        | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=64)]
-    ) = []
+    stop: Annotated[
+        StopString | Annotated[list[StopString], Field(max_length=64)],
+        WrapValidator(_one_of("a text or at most 64 texts, each of 1 to 1024 characters")),
+    ] = []
     stop_token_ids: Annotated[list[int], Field(max_length=256)] = []
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
@@ -144,12 +167,10 @@ class CompletionBody(Generation):
     """What `/v1/completions` takes."""
 
     unsupported = {"suffix": (), **_NO_MODES}
-    prompt: (
-        Annotated[str, Field()]
-        | Ids
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Ids], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)],
+        WrapValidator(_one_of("a text, token ids, or a list of texts or of token ids")),
+    ]
     max_tokens: Annotated[int, Field(ge=0)] = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

@@ -38,6 +38,7 @@ def _described(service: Service, name: str, served: Served) -> dict[str, Any]:
         "created": int(service.started),
         "owned_by": manifest.lineage.base_model,
         "kind": manifest.kind,
+        "chat": served.tokenizer.has_chat_template,
         "digest": manifest.digest,
         "vocabulary": manifest.vocabulary,
         "max_model_len": served.longest,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json as json_format
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,9 @@ app = typer.Typer()
 
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="The artifact's folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")]
+KVMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Most memory of keys and values, such as 512M or 2G.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all this process may use if not given.")]
 
 
@@ -254,6 +259,18 @@ def bench(
     return ExitCode.PASS if done.is_complete else ExitCode.INTERRUPTED
 
 
+@contextmanager
+def _bar(is_shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """Draw a bar on standard error; it is told what is done, of how much, and a remark."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
+        task = bars.add_task("")
+        yield lambda done, total, remark: bars.update(task, completed=done, total=total, description=remark)
+
+
 def _warn(note: str) -> None:
     """Print a remark to standard error, if there is one."""
     if note:
@@ -283,9 +300,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     slots: Annotated[int | None, typer.Option(min=1, help="Requests that run at once; 8 if not given.")] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most memory of keys and values, such as 512M or 2G.")
-    ] = None,
+    kv_memory: KVMemory = None,
     context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a prompt and its answer.")] = None,
     max_stall_ms: Annotated[
         float, typer.Option(metavar="MS", help="Longest a piece of a prompt keeps other answers waiting.")
@@ -347,6 +362,46 @@ def serve(
 
     run(create_app(served, settings), settings, announce)
     return ExitCode.PASS
+
+
+@app.command()
+def batch(
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="Requests, OpenAI's batch lines (.jsonl).", show_default=False)
+    ],
+    answers: Annotated[Path, typer.Argument(metavar="OUT", help="Where answers go (.jsonl).", show_default=False)],
+    folders: Annotated[
+        list[str],
+        typer.Option("--model", metavar="DIR", help="An artifact, named as its folder, or NAME=DIR. Repeatable."),
+    ],
+    *,
+    slots: Annotated[int | None, typer.Option(min=1, help="Requests that run at once; 8 if not given.")] = None,
+    kv_memory: KVMemory = None,
+    threads: Threads = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")] = False,
+) -> int:
+    """Answer a file of requests, as `serve` would, without a network.
+
+    A run that was interrupted or killed goes on where it was when it is started again. Exit codes: 0 each request has
+    an answer, 2 the input is wrong, or some requests were refused: their lines in OUT say why.
+    """
+    from runtime.server.batch import run_batch
+    from runtime.server.loading import EngineOptions, load, named
+
+    options = EngineOptions(slots=slots, kv_memory=_size(kv_memory), threads=threads)
+    served = {name: load(folder, options) for name, folder in named(folders).items()}
+    with _bar(is_shown=sys.stderr.isatty() and not quiet) as bar:
+        done = run_batch(
+            served,
+            requests,
+            answers,
+            at_once=2 * len(served) * (slots or 8),
+            told=lambda now: bar(now.before + now.answered, now.requests, f"{now.output_tokens:,} tokens"),
+        )
+    if not quiet:
+        before = f", {done.before} of an earlier run" if done.before else ""
+        typer.echo(f"wrote {answers}: {done.answered} answers{before}, {done.refused} refused", err=True)
+    return ExitCode.WRONG_INPUT if done.refused else ExitCode.PASS
 
 
 def _size(text: str | None) -> int | None:

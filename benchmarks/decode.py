@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from report import Spread, header, machine, table, write_json
@@ -102,6 +102,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="the machine is: one thread, its processor's seconds")
     parser.add_argument("--json", type=Path, help="write the numbers of every round here")
     return parser.parse_args()
 
@@ -113,13 +114,15 @@ def main() -> None:
     pythons = [python and python.absolute() for python in (options.peers_python, options.openvino_python)]
     setting = Setting(options.work.absolute(), *pythons)
     load = Load(tuple(options.contexts), tuple(options.sequences), options.new_tokens, options.threads, options.rounds)
+    if options.busy:
+        load = replace(load, threads=1, clock="processor_s")
     wanted = [v for v in variants() if not options.only or any(word in v.label for word in options.only)]
     reading = [Cell(context) for context in load.contexts]
     decoding = [Cell(context, sequences) for sequences in load.sequences for context in load.contexts]
     tokens = ", ".join(f"{load.tokens(cell)} ({cell})" for cell in decoding)
     about = machine() | {
         "new tokens of each sequence in a turn": tokens,
-        "threads": str(load.threads),
+        "threads": str(load.threads) + (", processor's seconds, not those of the clock" if options.busy else ""),
         "repetitions": f"{load.rounds} rounds, engines taking turns; median (lowest to highest)",
     }
     sections, document = [], []

@@ -35,6 +35,7 @@ class Load:
         new_tokens: of each, in a turn.
         threads: of each engine.
         rounds: turns of each engine.
+        clock: which seconds count, "wall_s" or "processor_s"; the latter, with one thread, on a machine that is busy.
     """
 
     contexts: tuple[int, ...]
@@ -42,6 +43,7 @@ class Load:
     new_tokens: int
     threads: int
     rounds: int
+    clock: str = "wall_s"
 
     def tokens(self, cell: Cell) -> int:
         """Return the new tokens of each sequence in a turn: fewer where they take longer."""
@@ -73,7 +75,8 @@ class Measured:
 class Process:
     """An engine's process with its model loaded."""
 
-    def __init__(self, variant: Variant, python: Path, weights: Weights, limits: Limits, log: Path) -> None:
+    def __init__(self, variant: Variant, python: Path, weights: Weights, limits: Limits, log: Path, clock: str) -> None:
+        self._clock = clock
         search = [BENCHMARKS, BENCHMARKS.parent] if variant.is_ours else [BENCHMARKS]
         self._label, self._log = variant.label, log
         with log.open("w") as stderr:
@@ -93,7 +96,7 @@ class Process:
         self._process.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
         self._process.stdin.flush()
         answer = self._receive()
-        return answer["seconds"], answer["result"]
+        return answer[self._clock], answer["result"]
 
     def close(self) -> None:
         """End the process and wait for it."""
@@ -180,7 +183,7 @@ def _start(wanted: Sequence[Variant], setting: Setting, load: Load, source: Path
             weights = variant.build(setting, source)
             limits = Limits(load.threads, context, max(load.sequences), variant.settings)
             log = logs / f"{source.name}-{variant.label.replace(' ', '-').replace(',', '')}.log"
-            processes.append(Process(variant, python, weights, limits, log))
+            processes.append(Process(variant, python, weights, limits, log, load.clock))
         except Missing as reason:
             missing.append(str(reason))
             say(f"missing: {reason}")

@@ -136,7 +136,7 @@ def ours(
     return Variant(label, "ours", tables, lambda _: Path(sys.executable), build)
 
 
-def genai(block_size: int, head: str, tables: tuple[str, ...]) -> Variant:
+def genai(block_size: int, head: str, tables: tuple[str, ...] = ()) -> Variant:
     """Return onnxruntime-genai on what its own builder writes, with its fusions and the last token's logits alone."""
 
     def build(setting: Setting, source: Path) -> Weights:
@@ -154,7 +154,7 @@ def genai(block_size: int, head: str, tables: tuple[str, ...]) -> Variant:
     return Variant(f"genai b{block_size}, {head} head", "genai", tables, _peers, build)
 
 
-def llama_cpp(head: str, attention: str, tables: tuple[str, ...]) -> Variant:
+def llama_cpp(head: str, attention: str, tables: tuple[str, ...] = ()) -> Variant:
     """Return llama.cpp on Q4_0; Q8_0 is what it takes for a tied head by itself."""
 
     def build(setting: Setting, source: Path) -> Weights:

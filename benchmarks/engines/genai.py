@@ -22,10 +22,7 @@ class Genai:
     """
 
     def __init__(self, model: Path, limits: Limits) -> None:
-        config = og.Config(str(model))
-        session_options = {"intra_op_num_threads": limits.threads}  # it takes one of two cores unless told otherwise
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session_options}}}))
-        self._model = og.Model(config)
+        self._model = open_model(model, limits.threads)
         self._context = limits.context
         self._generator: og.Generator | None = None
         self._prompt: list[int] = []
@@ -64,6 +61,13 @@ class Genai:
     def _append(self, tokens: list[int]) -> None:
         self._generator.append_tokens(np.array([tokens] * self._sequences, np.int32))
         self._generator.generate_next_token()
+
+
+def open_model(folder: Path, threads: int) -> og.Model:
+    """Load a model with so many threads: by itself genai 0.18 takes one of two cores."""
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    return og.Model(config)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """How a benchmark talks with an engine's process: one JSON document per line, calls in, answers out.
 
-    -> {"call": "read", "arguments": [[1, 2, 3]]}      <- {"seconds": 0.12, "result": null}
-    -> {"call": "hold", "arguments": [8]}              <- ...
-    -> {"call": "decode", "arguments": [32]}           <- {"seconds": 0.61, "result": [[5, 6, ...], ...]}
+    -> {"call": "read", "arguments": [[1, 2, 3]]}   <- {"wall_s": 0.12, "processor_s": 0.24, "result": null}
+    -> {"call": "hold", "arguments": [8]}           <- ...
+    -> {"call": "decode", "arguments": [32]}        <- {"wall_s": 0.61, ..., "result": [[5, 6, ...], ...]}
 
-The first line out describes the engine. The seconds are those of the call itself, taken in the engine's process.
-Standard library only: this file runs in the peers' environments too.
+The first line out describes the engine. The seconds are those of the call itself, by the clock and of the processors of
+all threads, taken in the engine's process. Standard library only: this file runs in the peers' environments too.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ def serve(load: Callable[[Path, Limits], Engine]) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         call = getattr(engine, request["call"])
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         result: Any = call(*request["arguments"])
-        seconds = time.perf_counter() - start
-        _send(answers.write, {"seconds": seconds, "result": result})
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        _send(answers.write, {"wall_s": wall, "processor_s": processor, "result": result})
         answers.flush()
 
 

@@ -248,6 +248,7 @@ def main() -> None:
         "repetitions": f"{options.rounds} rounds, servers taking turns; median (lowest to highest)",
     }
     servers, missing = [], []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no stopped server behind
     try:
         for variant in wanted:
             if not options.only or any(word in variant.label for word in options.only):

@@ -27,9 +27,9 @@ from report import Spread, header, machine, say, table, versions, write_json
 from shapes import SHAPES, write_shape
 from variants import BENCHMARKS, Missing, Setting, Variant, Weights, environment, genai, llama_cpp, ours
 
-from runtime.load.bench import Bench, Settings, run
-from runtime.load.measure import Load
-from runtime.load.workload import Range
+from runtime.traffic.bench import Bench, Settings, run
+from runtime.traffic.measure import Load
+from runtime.traffic.workload import Range
 
 CLIENTS = 16
 LOADED_S = 120.0  # a server that does not answer after so long has failed

@@ -206,7 +206,7 @@ def bench(
     """Put load on an artifact or a server and measure.
 
     A URL is any OpenAI-compatible server's; its key comes from OPENAI_API_KEY. DIR is an artifact, run in this process
-    without HTTP; an encoder reads one text at a time. Answers are greedy and go on after EOS (ignore_eos).
+    without HTTP; an encoder reads texts of equal length together. Answers are greedy and go on after EOS (ignore_eos).
 
     \b
     TTFT     first piece - start        E2E  last piece - start
@@ -225,11 +225,11 @@ def bench(
     Exit codes: 0 measured, 2 wrong input or key, 4 no answers, 130 Ctrl-C, after what was measured so far.
     """
     from optimizer.drawing import require_writable, write_text
-    from optimizer.load_report import lines, svg
-    from runtime.load.bench import Settings, run
-    from runtime.load.measure import Load
-    from runtime.load.metrics import read_limits
-    from runtime.load.workload import Range, read_prompts
+    from optimizer.traffic_report import lines, svg
+    from runtime.traffic.bench import Settings, run
+    from runtime.traffic.measure import Load
+    from runtime.traffic.metrics import read_limits
+    from runtime.traffic.workload import Range, read_prompts
 
     if plot is not None:
         require_writable("--plot", plot, (".svg",))
@@ -380,7 +380,7 @@ def batch(
     threads: Threads = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but mistakes.")] = False,
 ) -> int:
-    """Answer a file of requests, as `serve` would, without a network.
+    """Answer a file of requests as `serve` would.
 
     A run that was interrupted or killed goes on where it was when it is started again. Exit codes: 0 each request has
     an answer, 2 the input is wrong, or some requests were refused: their lines in OUT say why.

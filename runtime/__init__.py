@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from runtime.artifact import Manifest, verify
 from runtime.errors import ArtifactError, DigestError, PromptError, SamplingError, ServingError, SessionError
@@ -104,17 +104,9 @@ def load(
         from runtime.generation import TextGenerator
 
         return TextGenerator.from_verified(folder, manifest, threads=threads, context=context)
-    if manifest.kind == "classifier":
-        from runtime.prediction import TextClassifier
+    from runtime.encoder import open_encoder
 
-        return TextClassifier.from_verified(folder, manifest, threads=threads)
-    if manifest.kind == "reranker":
-        from runtime.reranking import TextReranker
-
-        return TextReranker.from_verified(folder, manifest, threads=threads)
-    from runtime.embedding import TextEmbedder
-
-    return TextEmbedder.from_verified(folder, manifest, threads=threads)
+    return cast("TextClassifier | TextReranker | TextEmbedder", open_encoder(folder, manifest, threads))
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,8 @@
 """Which texts run together: only those of exactly equal length, so that nothing is ever padded.
 
 Padding changes the order in which a kernel adds, and with it the last bits of an answer. On a CPU a batch of one length
-costs about as much per token as a longer one with padding.
+costs about as much per token as a longer one with padding, and a larger batch no less than one of a few hundred tokens
+(docs/log.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Final
 
-TOKENS_PER_BATCH: Final = 4096
+TOKENS_PER_BATCH: Final = 512
 
 
 def equal_length_batches(lengths: Sequence[int], tokens_per_batch: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:

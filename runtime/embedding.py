@@ -46,8 +46,8 @@ class TextEmbedder(TextEncoder):
     def embed(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
         """Return the vector of each text, float32 `[n, width]`, in the order given.
 
-        Texts longer than the model reads are cut. What a text gets does not depend on the others: only texts of equal
-        length run together.
+        Texts longer than the model reads are cut. What a text gets does not depend on the others, but for last bits of
+        one that is alone: only texts of equal length run together.
 
         Args:
             texts: any number of texts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,25 @@ from runtime.session import EncoderSession, pad_id
 from runtime.tokenizer import Tokenizer
 
 LINES_NAMED: Final = 10
+_KINDS: Final = {
+    "classifier": ("runtime.prediction", "TextClassifier"),
+    "reranker": ("runtime.reranking", "TextReranker"),
+    "embedder": ("runtime.embedding", "TextEmbedder"),
+}
+
+
+def open_encoder(folder: str | os.PathLike[str], manifest: Manifest, threads: int | None) -> TextEncoder:
+    """Load an encoder artifact of any kind that `verify` has just returned this manifest for.
+
+    Raises:
+        ArtifactError: it is no encoder, or lacks what serving it needs.
+        SessionError: its graph cannot be loaded.
+    """
+    if manifest.kind not in _KINDS:
+        raise ArtifactError(f"{folder}: is {manifest.described_kind}, expected an encoder")
+    module, name = _KINDS[manifest.kind]
+    encoder: type[TextEncoder] = getattr(importlib.import_module(module), name)
+    return encoder.from_verified(folder, manifest, threads=threads)
 
 
 class TextEncoder:
@@ -21,10 +41,12 @@ class TextEncoder:
     Attributes:
         kind: of the artifacts it loads.
         task: what an artifact of another kind cannot do, for the message that says so.
+        reads_pairs: whether a sequence holds two texts, which the graph is told apart.
     """
 
     kind: ClassVar[str]
     task: ClassVar[str]
+    reads_pairs: ClassVar[bool] = False
 
     def __init__(self, manifest: Manifest, session: EncoderSession, tokenizer: Tokenizer) -> None:
         self.manifest = manifest

@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.session import DecoderSession
+from runtime.session import DecoderSession, EncoderSession
 
 _LEAST_CAPACITY: Final = 16
 _LONG_CHUNK: Final = 19  # an odd number: the last row of such has kernels of its own
 _PASTS: Final = (500, 3, 64, 17, 130, 9, 30, 41)  # tokens in the slots whose rows are compared
+_TEXTS: Final = (3, 9, 24)  # tokens of an encoder's texts
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,35 @@ def examine(session: DecoderSession) -> Found:
         for slot in range(session.cache.slots):
             session.free(slot)
     return Found(even_rows, odd_rows, chunks, phases)
+
+
+@dataclass(frozen=True)
+class Company:
+    """What came out equal in every bit of texts of one length that ran together on an encoder.
+
+    Attributes:
+        rows: of two texts and more, those of batches of different sizes.
+        alone: a text alone as well.
+    """
+
+    rows: bool
+    alone: bool
+
+    @property
+    def needs_two(self) -> bool:
+        """Whether a text keeps its bits in company only, and be it a copy of its own."""
+        return self.rows and not self.alone
+
+
+def examine_company(session: EncoderSession, vocabulary: int, longest: int) -> Company:
+    """Try an encoder with texts of made-up ids below `vocabulary`, of up to `longest` tokens."""
+    rows = alone = True
+    for length in sorted({min(length, longest) for length in _TEXTS}):
+        ids = np.random.default_rng(length).integers(0, vocabulary, (5, length)).tolist()
+        want = session.run(ids)
+        rows &= np.array_equal(session.run(ids[:2]), want[:2])
+        alone &= np.array_equal(session.run(ids[:1]), want[:1])
+    return Company(rows, alone)
 
 
 def _examine_rows(session: DecoderSession) -> tuple[bool, bool]:

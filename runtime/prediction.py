@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.artifact import Manifest
+from runtime.batching import equal_length_batches
 from runtime.encoder import TextEncoder
-from runtime.errors import ArtifactError, SessionError
-
-BATCH_TEXTS: Final = 32
+from runtime.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -38,46 +38,47 @@ class TextClassifier(TextEncoder):
     kind = "classifier"
     task = "it cannot predict labels"
 
-    def predict(self, texts: Sequence[str], batch: int = BATCH_TEXTS) -> list[Prediction]:
+    @classmethod
+    def require(cls, folder: str | os.PathLike[str], manifest: Manifest) -> None:
+        """Refuse a classifier whose names are not as many as its logits."""
+        logits, labels = manifest.outputs[0].shape[-1], manifest.labels
+        if labels is None and not isinstance(logits, int):
+            raise ArtifactError(f"{folder}: says neither labels nor the number of its logits; build the artifact again")
+        if labels is not None and isinstance(logits, int) and len(labels) != logits:
+            got = f"got {logits} logits, expected one for each of {len(labels)} labels"
+            raise ArtifactError(f"{folder}: {got}; build the artifact again")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the name of each class, in the order of the logits; LABEL_0 and so on where the source had none."""
+        if self.manifest.labels is not None:
+            return self.manifest.labels
+        return tuple(f"LABEL_{index}" for index in range(int(self.manifest.outputs[0].shape[-1])))
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Return the most likely class of each text, in the order given.
 
-        Texts longer than the model's context are cut to it.
-
-        Args:
-            texts: any number of texts.
-            batch: texts per forward pass; texts of similar length run together.
+        Texts longer than the model's context are cut to it. What a text gets does not depend on the others, but for
+        last bits of one that is alone: only texts of equal length run together.
         """
         encoded = self.tokenizer.encode_batch(texts)
-        logits = self.logits([each.ids for each in encoded], batch)
-        labels = self.manifest.labels or [f"LABEL_{index}" for index in range(logits.shape[1])]
-        if len(labels) != logits.shape[1]:
-            got = f"got {logits.shape[1]} logits, expected one for each of {len(labels)} labels"
-            raise ArtifactError(f"{self.manifest.graphs['model']}: {got}; build the artifact again")
-        chosen = logits.argmax(axis=1)
+        logits = self.logits([each.ids for each in encoded])
+        chosen, labels = logits.argmax(axis=1), self.labels
         return [
-            Prediction(labels[index], int(index), float(probability), each.is_cut)
-            for index, probability, each in zip(chosen, _largest_probability(logits), encoded, strict=True)
+            Prediction(labels[index], int(index), float(row[index]), each.is_cut)
+            for index, row, each in zip(chosen, probabilities(logits), encoded, strict=True)
         ]
 
-    def logits(self, batch_of_ids: Sequence[Sequence[int]], batch: int = BATCH_TEXTS) -> NDArray[np.float32]:
+    def logits(self, batch_of_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Return the logits `[n, labels]` of n sequences of token ids, in the order given."""
-        if batch < 1:
-            raise SessionError(f"batch: got {batch}, expected at least 1")
-        order = sorted(range(len(batch_of_ids)), key=lambda item: len(batch_of_ids[item]))
-        result = np.zeros((len(order), len(self.manifest.labels or ())), np.float32)
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            rows = self.session.run([batch_of_ids[item] for item in part])
-            if start == 0:
-                result = np.empty((len(order), rows.shape[1]), np.float32)
-            result[part] = rows
+        result = np.empty((len(batch_of_ids), len(self.labels)), np.float32)
+        for indices in equal_length_batches([len(ids) for ids in batch_of_ids]):
+            result[indices] = self.session.run([batch_of_ids[index] for index in indices])
         return result
 
 
-def _largest_probability(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return max softmax of each row `[n, labels]` -> `[n]`."""
-    if not logits.size:
-        return np.zeros(len(logits))
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    probabilities: NDArray[np.float64] = 1 / np.exp(shifted).sum(axis=1)
-    return probabilities
+def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the softmax of each row `[n, labels]`."""
+    weights = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    result: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return result

@@ -35,6 +35,7 @@ class TextReranker(TextEncoder):
 
     kind = "reranker"
     task = "it does not score two texts"
+    reads_pairs = True
 
     def rank(self, query: str, documents: Sequence[str]) -> list[Ranked]:
         """Return the documents, best first; equal scores stay in the order given."""
@@ -56,6 +57,10 @@ class TextReranker(TextEncoder):
         for indices in equal_length_batches([len(pair.ids) for pair in encoded]):
             part = [encoded[index] for index in indices]
             logits[indices] = self.session.run([pair.ids for pair in part], [pair.types for pair in part])[:, 0]
+        return self.activated(logits)
+
+    def activated(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the scores of logits, as the model's activation has them."""
         return _sigmoid(logits) if self.manifest.activation == "sigmoid" else logits
 
 

@@ -69,7 +69,7 @@ class Worker(ABC):
         """Tell all who wait that nothing more is to come."""
 
     def _close(self) -> None:
-        """Make this turn the last."""
+        """Let no turn follow."""
         self._is_closing = True
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
@@ -79,10 +79,11 @@ class Worker(ABC):
 
     def _run(self) -> None:
         try:
+            self._obey()
             while not self._is_closing:
-                self._obey()
                 self._turn()
                 self._alive_at = time.monotonic()
+                self._obey()
             self.error = ServingError(f"{self._name}: is closed; ask again later")
         except Exception as error:
             _log.exception("the %s has stopped", self._name)

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from runtime.server import chat, completions, health, metrics, models, page, tokens
+from runtime.server import chat, completions, encoders, health, metrics, models, page, tokens
 from runtime.server.errors import ApiError, ErrorBody, answer_api_error, answer_http_error, answer_validation_error
 from runtime.server.guard import Guard
 from runtime.server.service import Served, Service
@@ -36,7 +36,7 @@ def create_app(models_served: Mapping[str, Served], settings: Settings) -> FastA
         responses={status: {"model": ErrorBody} for status in ("4XX", "5XX")},
     )
     app.state.service = service
-    for module in (page, health, metrics, models, completions, chat, tokens):
+    for module in (page, health, metrics, models, completions, chat, encoders, tokens):
         app.include_router(module.router(service))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)

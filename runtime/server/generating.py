@@ -44,7 +44,7 @@ async def generate(
     Raises:
         ApiError: it is refused.
     """
-    timeout_s = _timeout_s(request, service.settings.timeout_s)
+    timeout_s = read_timeout(request, service.settings.timeout_s)
     entry = service.admission.enter(answers)
     try:
         prompts = await service.read(read)
@@ -70,7 +70,8 @@ async def generate(
         raise
 
 
-def _timeout_s(request: Request, most: float) -> float:
+def read_timeout(request: Request, most: float) -> float:
+    """Return the seconds that a request may take: as many as its header says, and no more than `most`."""
     given = request.headers.get(TIMEOUT)
     if given is None:
         return most

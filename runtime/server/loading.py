@@ -11,8 +11,10 @@ from typing import Any, Final
 
 from runtime.artifact import verify
 from runtime.async_engine import AsyncEngine
+from runtime.encoder import open_encoder
+from runtime.encoder_batcher import AsyncEncoder
 from runtime.engine import MAX_STALL_MS, Engine
-from runtime.errors import ArtifactError, SamplingError, SettingsError
+from runtime.errors import SamplingError, SettingsError
 from runtime.sampler import SamplingParams
 from runtime.server.service import Served
 
@@ -21,7 +23,7 @@ _SAMPLING: Final = ("temperature", "top_k", "top_p", "min_p", "repetition_penalt
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What `Engine.load` takes, for every decoder of a server."""
+    """What `Engine.load` takes, for every decoder of a server; encoders take the threads."""
 
     slots: int | None = None
     kv_memory: int | None = None
@@ -55,7 +57,8 @@ def load(folder: Path, options: EngineOptions, digest: str | None = None) -> Ser
     """
     manifest = verify(folder, digest)
     if manifest.kind != "decoder":
-        raise ArtifactError(f"{folder}: is {manifest.described_kind}, expected a decoder")
+        encoder = open_encoder(folder, manifest, options.threads)
+        return Served(manifest, encoder.tokenizer, AsyncEncoder(encoder))
     engine = Engine.from_verified(folder, manifest, **asdict(options))
     return Served(manifest, engine.tokenizer, AsyncEngine(engine), sampling_defaults(folder))
 

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from runtime.async_engine import AsyncEngine, Stats
+from runtime.encoder_batcher import AsyncEncoder
 from runtime.request import Completion, Request
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ _MODEL: Final = "model_name"
 class Metrics:
     """What a server counts of its requests."""
 
-    def __init__(self, engines: Mapping[str, AsyncEngine], dollars_per_hour: float | None) -> None:
-        """Count for these engines, by the names they are asked by."""
+    def __init__(
+        self,
+        engines: Mapping[str, AsyncEngine],
+        encoders: Mapping[str, AsyncEncoder],
+        dollars_per_hour: float | None,
+    ) -> None:
+        """Count for these models, by the names they are asked by."""
         self._registry = CollectorRegistry()
         self._visits = Counter(
             "optimize_http_requests", "Requests over HTTP.", ("route", "status"), registry=self._registry
@@ -50,7 +56,7 @@ class Metrics:
         self._e2e = self._histogram("e2e_request_latency_seconds", "From the request to its end.", _SECONDS)
         self._read = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._written = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
-        self._registry.register(_Engines(engines, dollars_per_hour))
+        self._registry.register(_Workers(engines, encoders, dollars_per_hour))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"vllm:{name}", text, (_MODEL,), buckets=buckets, registry=self._registry)
@@ -89,11 +95,16 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class _Engines(Collector):
-    """What the engines tell of themselves when they are asked."""
+class _Workers(Collector):
+    """What engines and encoders tell of themselves when they are asked."""
 
-    def __init__(self, engines: Mapping[str, AsyncEngine], dollars_per_hour: float | None) -> None:
-        self._engines, self._dollars_per_hour = engines, dollars_per_hour
+    def __init__(
+        self,
+        engines: Mapping[str, AsyncEngine],
+        encoders: Mapping[str, AsyncEncoder],
+        dollars_per_hour: float | None,
+    ) -> None:
+        self._engines, self._encoders, self._dollars_per_hour = engines, encoders, dollars_per_hour
         self._started = time.monotonic()
 
     def collect(self) -> Iterator[Metric]:
@@ -108,24 +119,31 @@ class _Engines(Collector):
             ("vllm:prompt_tokens", "Tokens of prompts that were read.", "prompt_tokens"),
             ("vllm:generation_tokens", "Tokens that were generated.", "generated_tokens"),
             ("optimize_engine_steps", "Steps that engines took.", "steps"),
-            ("optimize_engine_busy_seconds", "Seconds that engines spent in steps.", "busy_s"),
         ):
             yield _counter(name, text, {model: getattr(each, field) for model, each in stats.items()})
-        yield from self._costs(stats)
+        encoded = {name: encoder.stats() for name, encoder in self._encoders.items()}
+        yield _gauge("optimize_texts_waiting", "Texts that wait.", {n: each.waiting for n, each in encoded.items()})
+        for name, text, field in (
+            ("optimize_texts", "Texts that encoders read.", "texts"),
+            ("optimize_text_tokens", "Tokens of these.", "tokens"),
+            ("optimize_text_batches", "Batches they ran in.", "batches"),
+        ):
+            yield _counter(name, text, {model: getattr(each, field) for model, each in encoded.items()})
+        busy = {name: each.busy_s for name, each in stats.items()}
+        busy |= {name: each.busy_s for name, each in encoded.items()}
+        yield _counter("optimize_engine_busy_seconds", "Seconds spent in steps and batches.", busy)
+        yield from self._costs(sum(busy.values()))
 
     def _waiting(self, stats: Mapping[str, Stats]) -> GaugeMetricFamily:
         return _gauge(
             "vllm:num_requests_waiting", "Requests that wait.", {n: each.waiting for n, each in stats.items()}
         )
 
-    def _costs(self, stats: Mapping[str, Stats]) -> Iterator[Metric]:
+    def _costs(self, busy_s: float) -> Iterator[Metric]:
         hourly = self._dollars_per_hour
         if hourly is None:
             return
-        seconds = {
-            "reserved": time.monotonic() - self._started,
-            "busy": sum(each.busy_s for each in stats.values()),
-        }
+        seconds = {"reserved": time.monotonic() - self._started, "busy": busy_s}
         family = CounterMetricFamily(
             "optimize_cost_dollars",
             "Dollars by --dollars-per-hour: since the start, and while computing.",

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from runtime.async_engine import AsyncEngine
+from runtime.encoder_batcher import AsyncEncoder
 from runtime.server.errors import ApiError
 from runtime.server.service import Served, Service
 
@@ -43,6 +44,8 @@ def _described(service: Service, name: str, served: Served) -> dict[str, Any]:
         "vocabulary": manifest.vocabulary,
         "max_model_len": served.longest,
     }
+    if isinstance(served.worker, AsyncEncoder):
+        described["exact"] = served.worker.is_exact
     if isinstance(served.worker, AsyncEngine):
         engine = served.worker.engine
         described |= {"slots": engine.session.slots, "sampling": dict(served.sampling)}

@@ -27,7 +27,7 @@ from runtime.logprobs import MOST_LOGPROBS
 from runtime.request import Options
 from runtime.sampler import SamplingParams
 from runtime.server.errors import ApiError
-from runtime.server.settings import MAX_CHOICES
+from runtime.server.settings import MAX_CHOICES, MAX_TEXTS
 
 _SEEDS: Final = 1 << 64
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -294,6 +294,66 @@ class DetokenizeBody(Body):
 
     model: Name | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
+
+
+class EncoderBody(Body):
+    """What all routes of encoders take."""
+
+    model: Name | None = None
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="-1 cuts texts to what the model reads.")
+    user: Name = Field("", description="Of no effect.")
+    priority: int = Field(0, description="Of no effect.")
+
+
+class TextsBody(EncoderBody):
+    """Texts, or token ids as they are."""
+
+    input: Annotated[
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)],
+        WrapValidator(_one_of(f"a text, token ids, or a list of 1 to {MAX_TEXTS} of either")),
+    ]
+
+    @property
+    def texts(self) -> Sequence[str | list[int]]:
+        """One text or several."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+class EmbeddingBody(TextsBody):
+    """What `/v1/embeddings` takes."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    prompt_name: Name | None = Field(None, description="A prompt of the model's own, put before each text.")
+
+
+class ClassifyBody(TextsBody):
+    """What `/classify` takes."""
+
+
+class Document(Body):
+    """A document in an object of its own."""
+
+    text: str
+
+
+class RerankBody(EncoderBody):
+    """What `/rerank` takes."""
+
+    unsupported = {"rank_fields": (), "max_chunks_per_doc": (), "max_tokens_per_doc": ()}
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1, max_length=MAX_TEXTS)]
+    top_n: Annotated[int, Field(ge=0)] | None = None
+    return_documents: bool = True
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents."""
+        return [each if isinstance(each, str) else each.text for each in self.documents]
 
 
 def _field(name: str, text: str, **values: object) -> PydanticCustomError:

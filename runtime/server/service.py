@@ -13,6 +13,7 @@ from typing import Final, Protocol, TypeVar
 
 from runtime.artifact import Manifest
 from runtime.async_engine import AsyncEngine
+from runtime.encoder_batcher import AsyncEncoder
 from runtime.errors import ServingError
 from runtime.server.admission import Admission
 from runtime.server.errors import ApiError
@@ -50,6 +51,12 @@ class Served:
         return self.worker
 
     @property
+    def encoder(self) -> AsyncEncoder:
+        """The worker of any other."""
+        assert isinstance(self.worker, AsyncEncoder)
+        return self.worker
+
+    @property
     def longest(self) -> int:
         """Most tokens of a text, or of a prompt and its answer together."""
         return self.engine.engine.longest if isinstance(self.worker, AsyncEngine) else self.manifest.context_length
@@ -58,7 +65,7 @@ class Served:
     def described(self) -> str:
         """What it can, in words."""
         if not isinstance(self.worker, AsyncEngine):
-            return self.manifest.described_kind
+            return f"{self.manifest.described_kind}, texts of at most {self.longest} tokens"
         engine, stats = self.worker.engine, self.worker.stats()
         megabytes = stats.budget_tokens * engine.session.cache.token_bytes / 1e6
         return f"{stats.slots} slots, context {self.longest} tokens, at most {megabytes:.0f} MB of keys and values"
@@ -81,7 +88,8 @@ class Service:
         self.admission = Admission(settings)
         self.started = time.time()
         engines = {name: each.worker for name, each in models.items() if isinstance(each.worker, AsyncEngine)}
-        self.metrics = Metrics(engines, settings.dollars_per_hour)
+        encoders = {name: each.worker for name, each in models.items() if isinstance(each.worker, AsyncEncoder)}
+        self.metrics = Metrics(engines, encoders, settings.dollars_per_hour)
         self._jobs: set[Expiring] = set()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
 

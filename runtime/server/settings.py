@@ -10,6 +10,7 @@ from typing import Final
 from runtime.errors import SettingsError
 
 MAX_CHOICES: Final = 256  # prompts times n of one request
+MAX_TEXTS: Final = 2048  # of one request to an encoder
 
 
 @dataclass(frozen=True, kw_only=True)

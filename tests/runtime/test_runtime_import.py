@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,10 @@ def test_every_public_name_exists() -> None:
     assert all(getattr(runtime, name) is not None for name in runtime.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = runtime.nothing
+
+
+def test_no_module_takes_the_name_of_something_public() -> None:
+    import runtime
+
+    modules = {module.name for module in pkgutil.iter_modules(runtime.__path__)}
+    assert not modules & set(runtime.__all__)  # importing such a one would put it in its place

@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 import pytest
 
 from optimizer.cli import main
-from optimizer.load_report import lines, svg
-from runtime.load.bench import Bench, Settings
-from runtime.load.measure import Load, Measured, Record, Work
-from runtime.load.metrics import summarize
-from runtime.load.workload import Range
+from optimizer.traffic_report import lines, svg
+from runtime.traffic.bench import Bench, Settings
+from runtime.traffic.measure import Load, Measured, Record, Work
+from runtime.traffic.metrics import summarize
+from runtime.traffic.workload import Range
 
 DATA = Path(__file__).parents[1] / "data"
 RECORDS = [

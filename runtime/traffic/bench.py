@@ -15,11 +15,11 @@ from typing import Final
 
 from runtime.artifact import verify
 from runtime.errors import LoadError, ServingError
-from runtime.load.bandwidth import read_bandwidth
-from runtime.load.measure import Load, Measured, Measurement, Record, Target
-from runtime.load.metrics import Summary, summarize
-from runtime.load.workload import KNOWN_IDS, Form, Prompt, Range, Workload
 from runtime.threads import default_threads
+from runtime.traffic.bandwidth import read_bandwidth
+from runtime.traffic.measure import Load, Measured, Measurement, Record, Target
+from runtime.traffic.metrics import Summary, summarize
+from runtime.traffic.workload import KNOWN_IDS, Form, Prompt, Range, Workload
 
 GENERATING: Final = ("server", "decoder")
 """Kinds of targets whose answers are tokens."""
@@ -71,8 +71,8 @@ class Bench:
         is_complete: false when it was interrupted: the numbers are those of the requests that had ended.
         is_counted: whether output tokens are counted by the target; if not, pieces are.
         memory_bytes_per_s: what a plain read of memory reaches with as many threads; None for a server or an encoder.
-        summary: see `runtime.load.metrics.Summary`.
-        requests: see `runtime.load.measure.Record`; every request that ended, in that order.
+        summary: see `runtime.traffic.metrics.Summary`.
+        requests: see `runtime.traffic.measure.Record`; every request that ended, in that order.
     """
 
     date: str
@@ -165,7 +165,7 @@ def _measure(measurement: Measurement) -> Measured:
 
 
 def _server(url: str, settings: Settings) -> _Opened:
-    from runtime.load.server import Server
+    from runtime.traffic.server import Server
 
     for name in ("threads", "slots"):
         if getattr(settings, name) is not None:
@@ -176,8 +176,9 @@ def _server(url: str, settings: Settings) -> _Opened:
 
 
 def _artifact(folder: Path, settings: Settings) -> _Opened:
+    from runtime.encoder import open_encoder
     from runtime.engine import SLOTS, Engine
-    from runtime.load.local import LocalEncoder, LocalEngine, open_encoder, require_room, weight_bytes
+    from runtime.traffic.local import LocalEncoder, LocalEngine, require_room, weight_bytes
 
     if settings.model is not None:
         raise LoadError(f"--model: is for a server; {folder} holds one model")

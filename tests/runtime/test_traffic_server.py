@@ -10,9 +10,9 @@ import pytest
 from sse_server import Event, Script, StepClock, delta, served, token, usage
 
 from runtime.errors import LoadError, ServingError
-from runtime.load.measure import Heard, Load, Measurement, Work
-from runtime.load.server import Server
-from runtime.load.workload import Prompt, Question, Range, Workload
+from runtime.traffic.measure import Heard, Load, Measurement, Work
+from runtime.traffic.server import Server
+from runtime.traffic.workload import Prompt, Question, Range, Workload
 
 DONE: Event = (0.0, "data: [DONE]\n\n")
 ANSWER: list[Event] = [

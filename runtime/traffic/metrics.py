@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from runtime.errors import LoadError
-from runtime.load.measure import Measured, Record, Work
+from runtime.traffic.measure import Measured, Record, Work
 
 LIMITS: Final = ("ttft_ms", "tpot_ms", "e2e_ms")
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from runtime.errors import LoadError, ServingError
-from runtime.load.http_client import HttpClient, Reply
-from runtime.load.measure import Clock, Heard, Work
-from runtime.load.workload import Question
+from runtime.traffic.http_client import HttpClient, Reply
+from runtime.traffic.measure import Clock, Heard, Work
+from runtime.traffic.workload import Question
 
 BUSY: Final = "optimize_engine_busy_seconds_total"
 """The counter in /metrics of our own server that says how long its engines computed."""

@@ -11,11 +11,11 @@ import pytest
 
 from runtime.engine import Engine
 from runtime.errors import LoadError, SessionError
-from runtime.load.bandwidth import read_bandwidth
-from runtime.load.bench import Settings, run
-from runtime.load.local import LocalEngine
-from runtime.load.measure import Heard, Load
-from runtime.load.workload import Question, Range
+from runtime.traffic.bandwidth import read_bandwidth
+from runtime.traffic.bench import Settings, run
+from runtime.traffic.local import LocalEngine
+from runtime.traffic.measure import Heard, Load
+from runtime.traffic.workload import Question, Range
 
 KV_BYTES = 2 * 2 * 2 * 16 * 4  # of a token: layers, sides, heads, width, bytes of a number
 
@@ -28,7 +28,7 @@ def settings(**about: Any) -> Settings:
 @pytest.fixture(scope="module", autouse=True)
 def short_reads() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.load.bandwidth.BYTES", 1 << 20)
+        patch.setattr("runtime.traffic.bandwidth.BYTES", 1 << 20)
         yield
 
 

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import cast
 
 from runtime.artifact import Manifest
-from runtime.embedding import TextEmbedder
 from runtime.encoder import TextEncoder
+from runtime.encoder_batcher import AsyncEncoder
 from runtime.engine import Engine, Ticket
 from runtime.errors import LoadError
-from runtime.load.measure import Clock, Heard, Work
-from runtime.load.workload import Question
-from runtime.prediction import TextClassifier
 from runtime.request import Prompt
-from runtime.reranking import TextReranker
+from runtime.tokenizer import Encoded
+from runtime.traffic.measure import Clock, Heard, Work
+from runtime.traffic.workload import Question
 
 
 @dataclass
@@ -105,43 +104,34 @@ class LocalEngine:
 
 
 class LocalEncoder:
-    """An encoder that answers one text after the other."""
+    """An encoder on a thread of its own: texts of equal length that wait run together."""
 
     def __init__(self, encoder: TextEncoder, clock: Clock = time.perf_counter) -> None:
-        """Take a loaded encoder artifact."""
-        self._encoder, self._clock = encoder, clock
-        self._busy_s = 0.0
+        """Take a loaded encoder artifact, whose session is this target's alone from then on."""
+        self._served, self._clock = AsyncEncoder(encoder), clock
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Do nothing: it is ready."""
-        yield
+        """Run the thread."""
+        async with self._served:
+            yield
 
     async def ask(self, question: Question) -> Heard:
         """Run a text through the graph."""
-        ids = self._ids(question)
-        begin = self._clock()
-        self._encoder.session.run([ids])
-        now = self._clock()
-        self._busy_s += now - begin
-        await asyncio.sleep(0)
-        return Heard((now,), 0, len(ids))
+        text = self._read(question)
+        await self._served.run([text])
+        return Heard((self._clock(),), 0, len(text.ids))
 
     async def work(self) -> Work:
-        """Return the seconds of all runs: none of them decodes."""
-        return Work(self._busy_s, self._busy_s, 0.0)
+        """Return the seconds of all batches: none of them decodes."""
+        busy_s = self._served.stats().busy_s
+        return Work(busy_s, busy_s, 0.0)
 
-    def _ids(self, question: Question) -> Sequence[int]:
+    def _read(self, question: Question) -> Encoded:
         if isinstance(question.prompt, str):
-            return self._encoder.tokenizer.encode(question.prompt)
-        return cast(Sequence[int], question.prompt)
-
-
-def open_encoder(folder: Path, manifest: Manifest, threads: int | None) -> TextEncoder:
-    """Load an encoder artifact of any kind that `verify` has returned this manifest for."""
-    kinds: tuple[type[TextEncoder], ...] = (TextClassifier, TextReranker, TextEmbedder)
-    chosen = next(kind for kind in kinds if kind.kind == manifest.kind)
-    return chosen.from_verified(folder, manifest, threads=threads)
+            return self._served.encoder.tokenizer.encode_batch([question.prompt])[0]
+        ids = list(cast(Sequence[int], question.prompt))
+        return Encoded(ids, [0] * len(ids), False)
 
 
 def require_room(folder: Path, manifest: Manifest, most_tokens: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import LoadError
-from runtime.load.workload import Range, Workload, arrivals, read_prompts
+from runtime.traffic.workload import Range, Workload, arrivals, read_prompts
 
 DRAWN = Workload(Range(8, 16), Range(3, 5), seed=1, vocabulary=50)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
 from optimizer.drawing import page
-from runtime.load.bench import Bench
-from runtime.load.measure import Load
-from runtime.load.metrics import Cost, Quantiles
+from runtime.traffic.bench import Bench
+from runtime.traffic.measure import Load
+from runtime.traffic.metrics import Cost, Quantiles
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 280, 160, 60, 50, 70  # of a panel of the drawing and around it, in pixels
 _MARKS = (50, 90, 99)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import LoadError, ServingError
-from runtime.load.measure import Heard, Load, Measured, Measurement, Work
-from runtime.load.workload import Question, Range, Workload, arrivals
+from runtime.traffic.measure import Heard, Load, Measured, Measurement, Work
+from runtime.traffic.workload import Question, Range, Workload, arrivals
 
 WORKLOAD = Workload(Range(4, 4), Range(3, 3))
 

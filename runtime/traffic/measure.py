@@ -17,7 +17,7 @@ from itertools import count, islice, takewhile
 from typing import Final, Protocol
 
 from runtime.errors import LoadError, ServingError
-from runtime.load.workload import Question, Workload, arrivals
+from runtime.traffic.workload import Question, Workload, arrivals
 
 Clock = Callable[[], float]
 GIVE_UP_S: Final = 600.0

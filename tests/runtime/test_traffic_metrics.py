@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from runtime.errors import LoadError
-from runtime.load.measure import Measured, Record, Work
-from runtime.load.metrics import Cost, Quantiles, keeps, read_limits, summarize
+from runtime.traffic.measure import Measured, Record, Work
+from runtime.traffic.metrics import Cost, Quantiles, keeps, read_limits, summarize
 
 # Sent late, at 1.5 s instead of 1: five tokens at 2, 2.25, 2.5, 2.75, 3 s.
 LATE = Record(0, 1.0, 1.5, 3.1, (2.0, 2.25, 2.5, 2.75, 3.0), 10, 5, 5)

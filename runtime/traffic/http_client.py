@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from runtime.errors import LoadError, ServingError
-from runtime.load.measure import Clock
+from runtime.traffic.measure import Clock
 
 OnBody = Callable[[bytes, float], None]
 

@@ -40,12 +40,16 @@ class Admission:
             ApiError: 503 while the server drains, 429 when too many wait.
         """
         if self.is_draining:
-            raise ApiError(503, "server: is shutting down; ask another one, or later", headers=self._retry(1))
+            raise self.refusal()
         limit = self._settings.queue_requests
         if self.waiting and self.waiting + requests > limit:
             text = f"queue: {self.waiting} requests wait, expected at most {limit} with this one; ask again later"
             raise ApiError(429, text, code="queue_full", headers=self._retry(self.waiting + requests - limit))
         return Entry(self, requests)
+
+    def refusal(self) -> ApiError:
+        """Return what those are told that come too late."""
+        return ApiError(503, "server: is shutting down; ask another one, or later", headers=self._retry(1))
 
     def check_tokens(self, tokens: int) -> None:
         """Raise 429 when a prompt has no room among those that wait; one that waits alone always has."""

@@ -25,6 +25,7 @@ from runtime.server.log import note
 from runtime.server.service import Service
 
 DONE: Final = b"data: [DONE]\n\n"
+_LATE: Final = ApiError(504, "request: its time ran out before its first token; ask again later")
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,14 @@ class Answering(Response):
         self._prompt_tokens, self._is_stream, self._timeout_s = prompt_tokens, is_stream, timeout_s
         self._bell = asyncio.Event()
         self._choices: list[_Choice] = []
-        self._is_expired = self._is_gone = False
+        self._expired: ApiError | None = None
+        self._is_gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, and leave nothing behind however that ends."""
         loop = asyncio.get_running_loop()
         watcher = loop.create_task(self._watch(receive))
-        timer = loop.call_later(self._timeout_s, self.expire)
+        timer = loop.call_later(self._timeout_s, self.expire, _LATE)
         self._service.attend(self)
         try:
             for prompt in self._prompts:
@@ -157,9 +159,9 @@ class Answering(Response):
             self._entry.leave()
             note(scope, **self._usage().content)
 
-    def expire(self) -> None:
-        """End all answers where they are."""
-        self._is_expired = True
+    def expire(self, error: ApiError) -> None:
+        """End all answers where they are; with an error if none has begun."""
+        self._expired = error
         for choice in self._choices:
             choice.ticket.cancel()
         self._bell.set()
@@ -187,9 +189,9 @@ class Answering(Response):
 
     def _check(self) -> None:
         """Raise what is to be answered instead of tokens."""
-        if self._is_expired:
+        if self._expired is not None:
             if not any(choice.ticket.has_begun for choice in self._choices):
-                raise ApiError(504, "request: its time ran out before its first token; ask again later")
+                raise self._expired
         elif error := self._error():
             raise ApiError.of(error)
 
@@ -200,7 +202,7 @@ class Answering(Response):
         """Return why an answer has ended; None while it goes on."""
         if ticket.completion is not None:
             return ticket.completion.finish_reason
-        return "length" if self._is_expired else None
+        return "length" if self._expired else None
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, sum(choice.tokens for choice in self._choices))
@@ -229,7 +231,7 @@ class Answering(Response):
             if all(choice.is_closed for choice in self._choices):
                 body += self._shape.close(self._usage()) + DONE
                 break
-            if not self._is_expired and (error := self._error()):
+            if self._expired is None and (error := self._error()):
                 body += b"data: " + ApiError.of(error).body + b"\n\n" + DONE
                 break
             if body:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,8 @@ from runtime.server.errors import ApiError, ErrorBody, answer_api_error, answer_
 from runtime.server.guard import Guard
 from runtime.server.service import Served, Service
 from runtime.server.settings import Settings
+
+_NO_TELEMETRY: Final[Any] = dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False)
 
 
 def create_app(models_served: Mapping[str, Served], settings: Settings) -> FastAPI:
@@ -33,6 +36,7 @@ def create_app(models_served: Mapping[str, Served], settings: Settings) -> FastA
         lifespan=lifespan,
         docs_url=None,  # those pages load from a CDN
         redoc_url=None,
+        telemetry=_NO_TELEMETRY,  # of OpenTelemetry, which an environment variable could switch on
         responses={status: {"model": ErrorBody} for status in ("4XX", "5XX")},
     )
     app.state.service = service

@@ -39,11 +39,15 @@ def run(app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> No
         SettingsError: it cannot listen there.
     """
     log.set_up()
-    bound = _bind(settings)
-    Connection.slow_reader_s = settings.slow_reader_s
+    bound = bind(settings)
+    server_of(app, settings, lambda: announce(_address(bound))).run([bound])
+
+
+def server_of(app: FastAPI, settings: Settings, announce: Callable[[], None]) -> Server:
+    """Return a server for an application; its `run` takes the sockets to listen at."""
     config = uvicorn.Config(
         app,
-        http=Connection,
+        http=type("Connection", (Connection,), {"slow_reader_s": settings.slow_reader_s}),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -52,10 +56,15 @@ def run(app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> No
         proxy_headers=False,
         timeout_graceful_shutdown=int(_LAST_WORDS_S),
     )
-    _Server(config, app.state.service, lambda: announce(_address(bound))).run([bound])
+    return Server(config, app.state.service, announce)
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """Return a socket at the address that was asked for.
+
+    Raises:
+        SettingsError: it cannot be had.
+    """
     where = (settings.host, settings.port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(*where, type=socket.SOCK_STREAM)[0]
@@ -75,7 +84,7 @@ def _address(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Announces itself, and drains before it ends."""
 
     def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
@@ -119,16 +128,18 @@ class Connection(HttpToolsProtocol):
     """A connection that is cut when its client neither sends the rest of its headers nor reads what it was sent.
 
     Attributes:
+        headers_timeout_s: how long a client may take for its first headers.
         slow_reader_s: how long what was sent may lie unread while more waits to be sent.
     """
 
+    headers_timeout_s: float = HEADERS_TIMEOUT_S
     slow_reader_s: float = 30.0
 
     def connection_made(self, transport: Any) -> None:
         """Wait for a request."""
         super().connection_made(transport)
         self._timers = _Timers(self.loop, transport.abort)
-        self._timers.start("headers", HEADERS_TIMEOUT_S)
+        self._timers.start("headers", self.headers_timeout_s)
 
     def on_headers_complete(self) -> None:
         """Take a request."""

@@ -91,6 +91,7 @@ class Service:
         encoders = {name: each.worker for name, each in models.items() if isinstance(each.worker, AsyncEncoder)}
         self.metrics = Metrics(engines, encoders, settings.dollars_per_hour)
         self._jobs: set[Expiring] = set()
+        self._is_over = False
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
 
     @asynccontextmanager
@@ -145,17 +146,20 @@ class Service:
         return None
 
     def attend(self, job: Expiring) -> None:
-        """Let a job be ended with `expire_all`, until `dismiss`."""
+        """Let a job be ended with `expire_all`, until `dismiss`; at once where that was called before."""
         self._jobs.add(job)
+        if self._is_over:
+            job.expire(self.admission.refusal())
 
     def dismiss(self, job: Expiring) -> None:
         """Forget a job."""
         self._jobs.discard(job)
 
     def expire_all(self) -> None:
-        """End all answers where they are."""
+        """End all answers where they are, now that the server ends."""
+        self._is_over = True
         for job in list(self._jobs):
-            job.expire()
+            job.expire(self.admission.refusal())
 
     def _names(self) -> str:
         return ", ".join(self.models)
@@ -164,5 +168,5 @@ class Service:
 class Expiring(Protocol):
     """An answer that can be ended where it is."""
 
-    def expire(self) -> None:
-        """End it."""
+    def expire(self, error: ApiError) -> None:
+        """End it; with an error if it has not begun."""

@@ -1,0 +1,275 @@
+"""A server that listens: the clients that people use, connections that are left or not read, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from optimizer.cli import main
+from runtime.errors import SettingsError
+from runtime.generation import TextGenerator
+from runtime.server.run import Connection, bind, server_of
+from runtime.server.settings import Settings
+
+Make = Callable[..., Any]
+KEY = "sk-of-the-test"
+BEARER = {"authorization": f"Bearer {KEY}"}
+GREEDY: dict[str, Any] = {
+    "model": "artifact-v1",
+    "temperature": 0,
+    "max_tokens": 20,
+    "extra_body": {"ignore_eos": True},
+}
+HI: Any = [{"role": "user", "content": "hi"}]
+
+
+class Listening:
+    """A server on a thread."""
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self.admission = app.state.service.admission
+        self.port: int = 0
+        self._socket = bind(settings)
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        listens = threading.Event()
+        self._server = server_of(app, settings, listens.set)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread.start()
+        assert listens.wait(30)
+
+    def __enter__(self) -> Listening:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def server(app_of: Make) -> Iterator[Listening]:
+    settings = Settings(port=0, api_keys=(KEY,), slow_reader_s=0.2)
+    with Listening(app_of(settings), settings) as made:
+        yield made
+
+
+def test_the_openai_package_gets_text_whole_and_in_pieces(server: Listening, generator: TextGenerator) -> None:
+    openai = pytest.importorskip("openai")
+    want = generator.generate(HI, max_tokens=20, ignore_eos=True).text
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["artifact-v1"]
+        whole = client.chat.completions.create(messages=HI, **GREEDY)
+        assert whole.choices[0].message.content == want and whole.usage.completion_tokens == 20
+        options = {"include_usage": True}
+        chunks = list(client.chat.completions.create(messages=HI, stream=True, stream_options=options, **GREEDY))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == want
+        assert chunks[-1].usage.completion_tokens == 20
+        text = client.completions.create(prompt="the", logprobs=2, **GREEDY).choices[0]
+        assert text.text == generator.generate("the", max_tokens=20, ignore_eos=True).text
+        assert len(text.logprobs.tokens) == 20
+        with pytest.raises(openai.BadRequestError, match="tools: is not supported"):
+            client.chat.completions.create(
+                messages=HI, tools=[{"type": "function", "function": {"name": "f"}}], **GREEDY
+            )
+        with pytest.raises(openai.NotFoundError, match="expected one of artifact-v1"):
+            client.completions.create(model="gpt-4o", prompt="the")
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError, match="no valid API key"):
+        stranger.models.list()
+
+
+def test_the_openai_package_asks_many_at_once(server: Listening, generator: TextGenerator) -> None:
+    openai = pytest.importorskip("openai")
+    prompts = ["the", "日本", "def main():", "x"] * 3
+
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+
+            async def text(prompt: str) -> str:
+                stream = await client.completions.create(prompt=prompt, stream=True, **GREEDY)
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return list(await asyncio.gather(*map(text, prompts)))
+
+    want = {prompt: generator.generate(prompt, max_tokens=20, ignore_eos=True).text for prompt in prompts}
+    assert asyncio.run(main()) == [want[prompt] for prompt in prompts]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl_shows_a_stream(server: Listening) -> None:
+    body = json.dumps({"prompt": "the", "max_tokens": 5, "stream": True})
+    headers = ["-H", "content-type: application/json", "-H", f"authorization: Bearer {KEY}"]
+    command = ["curl", "-sSN", f"{server.url}/v1/completions", *headers, "-d", body]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.startswith("data: {") and done.stdout.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_that_hangs_up_frees_its_slots(server: Listening) -> None:
+    body = {"prompt": "the", "max_tokens": 100, "n": 64, "ignore_eos": True, "stream": True}
+    with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, headers=BEARER) as response:
+        assert response.status_code == 200
+        next(response.iter_raw())
+    until(lambda: server.admission.running == 0)
+
+
+def aborted(server: Listening) -> float:
+    lines = httpx2.get(f"{server.url}/metrics", headers=BEARER).text.splitlines()
+    return sum(
+        float(line.rsplit(" ", 1)[1]) for line in lines if 'finished_reason="abort"' in line and "_total" in line
+    )
+
+
+def test_a_client_that_does_not_read_is_cut(server: Listening) -> None:
+    before = aborted(server)
+    body = json.dumps({"prompt": "the", "max_tokens": 100, "n": 64, "ignore_eos": True, "stream": True, "logprobs": 20})
+    head = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
+    head += [f"authorization: Bearer {KEY}", f"content-length: {len(body)}", "", ""]
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall("\r\n".join(head).encode() + body.encode())
+        until(lambda: server.admission.running == 64)
+        until(lambda: server.admission.running == 0)  # 64 answers with their logprobs are more than a system holds
+    assert aborted(server) > before
+
+
+def test_a_client_that_sends_no_headers_is_cut() -> None:
+    class Transport:
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+        def get_extra_info(self, _: str) -> None:
+            return None
+
+    async def main() -> None:
+        from uvicorn import Config
+        from uvicorn.server import ServerState
+
+        transport: Any = Transport()
+        connection = Connection(Config(app=lambda: None, log_config=None), ServerState(), {})
+        connection.headers_timeout_s = 0.01
+        connection.connection_made(transport)
+        async with asyncio.timeout(30):
+            while not transport.aborted:
+                await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
+def test_nothing_is_asked_of_the_outside(app_of: Make, client_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda _, address: asked.append(address))
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    with client_of(app_of()) as client:
+        assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 3}).status_code == 200
+        assert client.get("/docs").status_code == client.get("/redoc").status_code == 404
+        assert "http" not in client.get("/openapi.json").text
+    assert asked == []
+
+
+def test_an_address_that_is_taken_is_told_in_one_line(server: Listening) -> None:
+    with pytest.raises(SettingsError, match=f"127.0.0.1:{server.port}: cannot listen there, address already in use"):
+        bind(Settings(port=server.port))
+
+
+def test_a_command_line_that_makes_no_sense_exits_with_2(
+    decoder_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(decoder_folder)
+    for arguments, message in (
+        (["--host", "0.0.0.0"], "host: 0.0.0.0 can be reached from other machines"),
+        (["--api-key-file", "/missing"], "/missing: cannot be read"),
+        (["--kv-memory", "2T"], "--kv-memory: got '2T'"),
+        ([folder], "is empty or taken; give it another as NAME=DIR"),
+        ([f"b={folder}", "--digest", "0" * 64], "--digest: got 2 artifacts, expected one"),
+        (["--digest", "0" * 63], "expected 64 hexadecimal digits"),
+        (["--context", "1000"], "context: got 1000, expected 1 to 128"),
+    ):
+        assert main(["serve", folder, *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+class Process:
+    """`optimize serve` as a process of its own, at a free port."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "optimizer.cli", "serve", f"m={folder}", "--port", "0", "--threads", "1"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPTIMIZE_API_KEYS": KEY}
+        self.process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        self.url = self.line.partition(" at ")[2].partition(": ")[0]
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def get(self, path: str) -> int:
+        return int(httpx2.get(f"{self.url}{path}", headers=BEARER).status_code)
+
+    def end(self) -> tuple[int, list[Any]]:
+        _, log = self.process.communicate(timeout=30)
+        return self.process.returncode, [json.loads(line) for line in log.splitlines()]
+
+
+def test_sigterm_ends_streams_validly_and_the_process_well(decoder_folder: Path) -> None:
+    with Process(decoder_folder, "--slots", "1", "--drain-s", "0.3") as served:
+        assert served.line.startswith("serving m at http://127.0.0.1:") and "1 slots, context 128 tokens" in served.line
+        body = {"prompt": "the", "max_tokens": 100, "n": 256, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{served.url}/v1/completions", json=body, headers=BEARER, timeout=30) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: ")
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: served.get("/readyz") == 503)
+            assert httpx2.post(f"{served.url}/v1/completions", json=body, headers=BEARER).status_code == 503
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]"
+        reasons = [json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] for line in told[:-1]]
+        assert reasons.count("length") == 256 and len(reasons) < 256 * 60  # most were ended before their time
+        code, log = served.end()
+        assert code == 0
+        assert [line["event"] for line in log if line["event"] != "request"] == ["draining", "drained"]
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(decoder_folder: Path) -> None:
+    body = {"prompt": "the", "max_tokens": 100, "n": 256, "ignore_eos": True, "stream": True}
+    with (
+        Process(decoder_folder, "--slots", "1") as served,
+        httpx2.stream("POST", f"{served.url}/v1/completions", json=body, headers=BEARER, timeout=30) as response,
+    ):
+        pieces = response.iter_raw()  # which hangs up when it is forgotten
+        next(pieces)
+        served.process.send_signal(signal.SIGINT)
+        until(lambda: served.get("/readyz") == 503)
+        served.process.send_signal(signal.SIGINT)
+        assert served.end()[0] == 130

@@ -22,7 +22,7 @@ def router(service: Service) -> APIRouter:
         listed = [_described(service, name, served) for name, served in service.models.items()]
         return JSONResponse({"object": "list", "data": listed})
 
-    @routes.get("/v1/models/{name}", summary="One model")
+    @routes.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> JSONResponse:
         if name not in service.models:
             raise ApiError(404, f"model: there is none named {name[:200]!r}", param="model", code="model_not_found")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,38 @@ HAS_SERVE = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn"
 collect_ignore_glob = [] if HAS_SERVE and importlib.util.find_spec("httpx2") else ["test_*.py"]
 
 NAME = "artifact-v1"
+
+
+class Listening:
+    """A server on a thread."""
+
+    def __init__(self, app: Any, settings: Any) -> None:
+        from runtime.server.run import bind, server_of
+
+        self.admission = app.state.service.admission
+        self.port: int = 0
+        self._socket = bind(settings)
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        listens = threading.Event()
+        self._server = server_of(app, settings, listens.set)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread.start()
+        assert listens.wait(30)
+
+    def __enter__(self) -> Listening:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture(scope="session")
+def listening() -> type[Listening]:
+    """Return what makes an application and its settings listen, inside `with`."""
+    return Listening
 
 
 @pytest.fixture(scope="session")

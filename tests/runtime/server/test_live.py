@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import pytest
 from optimizer.cli import main
 from runtime.errors import SettingsError
 from runtime.generation import TextGenerator
-from runtime.server.run import Connection, bind, server_of
+from runtime.server.run import Connection, bind
 from runtime.server.settings import Settings
 
 Make = Callable[..., Any]
@@ -37,30 +36,6 @@ GREEDY: dict[str, Any] = {
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
-class Listening:
-    """A server on a thread."""
-
-    def __init__(self, app: Any, settings: Settings) -> None:
-        self.admission = app.state.service.admission
-        self.port: int = 0
-        self._socket = bind(settings)
-        self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        listens = threading.Event()
-        self._server = server_of(app, settings, listens.set)
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
-        self._thread.start()
-        assert listens.wait(30)
-
-    def __enter__(self) -> Listening:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self._socket.close()
-
-
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -69,13 +44,13 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(app_of: Make) -> Iterator[Listening]:
+def server(app_of: Make, listening: Make) -> Iterator[Any]:
     settings = Settings(port=0, api_keys=(KEY,), slow_reader_s=0.2)
-    with Listening(app_of(settings), settings) as made:
+    with listening(app_of(settings), settings) as made:
         yield made
 
 
-def test_the_openai_package_gets_text_whole_and_in_pieces(server: Listening, generator: TextGenerator) -> None:
+def test_the_openai_package_gets_text_whole_and_in_pieces(server: Any, generator: TextGenerator) -> None:
     openai = pytest.importorskip("openai")
     want = generator.generate(HI, max_tokens=20, ignore_eos=True).text
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
@@ -100,7 +75,7 @@ def test_the_openai_package_gets_text_whole_and_in_pieces(server: Listening, gen
         stranger.models.list()
 
 
-def test_the_openai_package_asks_many_at_once(server: Listening, generator: TextGenerator) -> None:
+def test_the_openai_package_asks_many_at_once(server: Any, generator: TextGenerator) -> None:
     openai = pytest.importorskip("openai")
     prompts = ["the", "日本", "def main():", "x"] * 3
 
@@ -118,7 +93,7 @@ def test_the_openai_package_asks_many_at_once(server: Listening, generator: Text
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_curl_shows_a_stream(server: Listening) -> None:
+def test_curl_shows_a_stream(server: Any) -> None:
     body = json.dumps({"prompt": "the", "max_tokens": 5, "stream": True})
     headers = ["-H", "content-type: application/json", "-H", f"authorization: Bearer {KEY}"]
     command = ["curl", "-sSN", f"{server.url}/v1/completions", *headers, "-d", body]
@@ -126,7 +101,7 @@ def test_curl_shows_a_stream(server: Listening) -> None:
     assert done.stdout.startswith("data: {") and done.stdout.endswith("data: [DONE]\n\n")
 
 
-def test_a_client_that_hangs_up_frees_its_slots(server: Listening) -> None:
+def test_a_client_that_hangs_up_frees_its_slots(server: Any) -> None:
     body = {"prompt": "the", "max_tokens": 100, "n": 64, "ignore_eos": True, "stream": True}
     with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, headers=BEARER) as response:
         assert response.status_code == 200
@@ -134,14 +109,14 @@ def test_a_client_that_hangs_up_frees_its_slots(server: Listening) -> None:
     until(lambda: server.admission.running == 0)
 
 
-def aborted(server: Listening) -> float:
+def aborted(server: Any) -> float:
     lines = httpx2.get(f"{server.url}/metrics", headers=BEARER).text.splitlines()
     return sum(
         float(line.rsplit(" ", 1)[1]) for line in lines if 'finished_reason="abort"' in line and "_total" in line
     )
 
 
-def test_a_client_that_does_not_read_is_cut(server: Listening) -> None:
+def test_a_client_that_does_not_read_is_cut(server: Any) -> None:
     before = aborted(server)
     body = json.dumps({"prompt": "the", "max_tokens": 100, "n": 64, "ignore_eos": True, "stream": True, "logprobs": 20})
     head = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
@@ -192,7 +167,7 @@ def test_nothing_is_asked_of_the_outside(app_of: Make, client_of: Make, monkeypa
     assert asked == []
 
 
-def test_an_address_that_is_taken_is_told_in_one_line(server: Listening) -> None:
+def test_an_address_that_is_taken_is_told_in_one_line(server: Any) -> None:
     with pytest.raises(SettingsError, match=f"127.0.0.1:{server.port}: cannot listen there, address already in use"):
         bind(Settings(port=server.port))
 

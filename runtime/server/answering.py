@@ -25,7 +25,8 @@ from runtime.server.log import note
 from runtime.server.service import Service
 
 DONE: Final = b"data: [DONE]\n\n"
-_LATE: Final = ApiError(504, "request: its time ran out before its first token; ask again later")
+LATE: Final = ApiError(504, "request: its time ran out before its answer began; ask again later")
+"""What a request is told whose deadline came first."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Answering(Response):
         """Answer, and leave nothing behind however that ends."""
         loop = asyncio.get_running_loop()
         watcher = loop.create_task(self._watch(receive))
-        timer = loop.call_later(self._timeout_s, self.expire, _LATE)
+        timer = loop.call_later(self._timeout_s, self.expire, LATE)
         self._service.attend(self)
         try:
             for prompt in self._prompts:

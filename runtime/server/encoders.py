@@ -26,6 +26,7 @@ from runtime.errors import PromptError, ServingError
 from runtime.prediction import TextClassifier, probabilities
 from runtime.reranking import TextReranker
 from runtime.server.admission import Entry
+from runtime.server.answering import LATE
 from runtime.server.errors import ApiError
 from runtime.server.generating import read_timeout
 from runtime.server.log import note
@@ -147,6 +148,7 @@ class Encoding(Response):
         super().__init__()
         self._service, self._entry, self._worker = service, entry, worker
         self._texts, self._whole, self._timeout_s = texts, whole, timeout_s
+        self._expired = LATE
         self._is_gone = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +156,7 @@ class Encoding(Response):
         loop = asyncio.get_running_loop()
         self._running = loop.create_task(self._body())
         watcher = loop.create_task(self._watch(receive))
-        timer = loop.call_later(self._timeout_s, self.expire)
+        timer = loop.call_later(self._timeout_s, self.expire, LATE)
         self._service.attend(self)
         try:
             await asyncio.wait([self._running])
@@ -168,8 +170,9 @@ class Encoding(Response):
             if self._is_gone:
                 note(scope, finish="disconnect")
 
-    def expire(self) -> None:
-        """Give it up."""
+    def expire(self, error: ApiError) -> None:
+        """Give it up, with this error."""
+        self._expired = error
         self._running.cancel()
 
     async def _watch(self, receive: Receive) -> None:
@@ -185,7 +188,7 @@ class Encoding(Response):
 
     def _response(self) -> Response:
         if self._running.cancelled():
-            return ApiError(504, "request: its time ran out before its answer; ask again later").response()
+            return self._expired.response()
         error = self._running.exception()
         if isinstance(error, ServingError):
             error = ApiError.of(error)

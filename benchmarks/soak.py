@@ -33,7 +33,6 @@ RSS_MARGIN = 0.05
 BAD_BODIES = (
     b"{",
     b"[]",
-    b'{"prompt": "a"}',
     b'{"model": "MODEL", "prompt": "a", "max_tokens": -1}',
     b'{"model": "MODEL", "prompt": "a", "unknown": 1}',
     b'{"model": "MODEL", "prompt": [999999999]}',

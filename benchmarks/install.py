@@ -1,8 +1,8 @@
 """What an installation costs: packages, megabytes, import time, and a fresh process until its first token.
 
-Each product is installed by pip into a virtual environment of its own; llama-cpp-python, which compiles for minutes, may
-come from one that has it (`--llama-python`). Packages and megabytes are those of the product and of all that it requires,
-by their own lists of files. Processes of all products take turns within a round.
+Each product is installed by pip into a virtual environment of its own; llama-cpp-python, which compiles for minutes,
+may come from one that has it (`--llama-python`). Packages and megabytes are those of the product and of all that it
+requires, by their own lists of files. Processes of all products take turns within a round.
 
     python benchmarks/install.py --work DIR --ours artifacts/NAME --gguf FILE.gguf --genai FOLDER
 

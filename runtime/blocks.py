@@ -17,6 +17,7 @@ from runtime.errors import SessionError
 
 BLOCK: Final = 32
 _WIDTH: Final = 512
+_GROUP: Final = 16
 _SPAN: Final = BLOCK * _WIDTH  # ids of blocks that lie side by side
 
 
@@ -58,8 +59,8 @@ def block_maxima(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def largest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Return ids of a row `[V]` in no order: the `count` largest, all that tie with one of these, and some others.
 
-    As many blocks as wanted ids have a maximum that is not below the `count`-th largest of the maxima; so nothing below
-    that is among the `count` largest ids.
+    As many blocks as ids are wanted have a maximum that is not below a certain one; so nothing below that is among the
+    `count` largest ids.
 
     Args:
         row: logits, no NaN among them.
@@ -68,7 +69,9 @@ def largest(row: NDArray[np.float32], maxima: NDArray[np.float32], count: int) -
     """
     if count >= len(maxima):
         return np.arange(len(row))
-    least = np.partition(maxima, -count)[-count]
+    groups = maxima[: len(maxima) // _GROUP * _GROUP].reshape(_GROUP, -1).max(axis=0)  # quicker to order, as good
+    some = groups if count <= len(groups) else maxima
+    least = np.partition(some, -count)[-count]
     ids = members(np.flatnonzero(maxima >= least)).reshape(-1)
     ids = ids[ids < len(row)]
     found: NDArray[np.int64] = ids[row[ids] >= least]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json as json_format
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 KVMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Most memory of keys and values, such as 512M or 2G.")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all this process may use if not given.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; all this process may use if not given.")]
 
 
 @app.command()
@@ -175,12 +176,14 @@ def bench(
         int | None, typer.Option(min=1, help="Closed loop: so many clients; 8 if neither this nor --rate is given.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Open loop: so many arrivals per second, Poisson.")
+        float | None, typer.Option(min=0.001, max=1e6, help="Open loop: so many arrivals per second, Poisson.")
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, help="How many to measure; 100 if neither this nor --seconds is given.")
     ] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.001, help="Ask for so long, then wait for the rest.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.001, max=1e6, help="Ask for so long, then wait for the rest.")
+    ] = None,
     warm_up: Annotated[int, typer.Option(min=0, help="Requests before those that count.")] = 8,
     input_tokens: Annotated[str, typer.Option(metavar="N|LEAST:MOST", help="Of a prompt, drawn evenly.")] = "32:128",
     output_tokens: Annotated[str, typer.Option(metavar="N|LEAST:MOST", help="Of an answer, drawn evenly.")] = "128:256",
@@ -199,7 +202,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME:MS", help="Limits of a good answer: ttft_ms, tpot_ms, e2e_ms. Repeatable."),
     ] = None,
-    dollars_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of the machine.")] = None,
+    dollars_per_hour: Annotated[float | None, typer.Option(min=0, max=1e6, help="Price of the machine.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the latencies, .svg.")] = None,
     json: AsJson = False,
 ) -> int:
@@ -320,7 +323,7 @@ def serve(
     timeout_s: Annotated[float, typer.Option(metavar="S", help="An answer ends after so long.")] = 600.0,
     drain_s: Annotated[float, typer.Option(metavar="S", help="Answers may go on so long after SIGTERM.")] = 30.0,
     dollars_per_hour: Annotated[
-        float | None, typer.Option(metavar="USD", min=0, help="What the machine costs, for /metrics.")
+        float | None, typer.Option(metavar="USD", min=0, max=1e6, help="What the machine costs, for /metrics.")
     ] = None,
     digest: Annotated[str | None, typer.Option(metavar="HEX", help="The identity a single artifact must have.")] = None,
 ) -> int:
@@ -408,8 +411,7 @@ def _size(text: str | None) -> int | None:
     """Return the bytes of 1000000, 512M or 2G."""
     if text is None:
         return None
-    units = {"K": 10, "M": 20, "G": 30}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
-    if not number.isdigit():
-        raise CommandError(f"--kv-memory: got {text!r}, expected bytes, or such as 512M or 2G")
-    return int(number) << units.get(unit, 0)
+    found = re.fullmatch(r"([0-9]{1,15})([KMG]?)", text.upper())
+    if found is None:
+        raise CommandError(f"--kv-memory: got {text[:40]!r}, expected bytes, or such as 512M or 2G")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]

@@ -12,6 +12,8 @@ import asyncio
 import fcntl
 import json
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from runtime.server.settings import Settings
 
 URLS: Final = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 _FIELDS: Final = {"custom_id", "method", "url", "body"}
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")  # halves of characters, which UTF-8 cannot write
 _LONG_S: Final = 30.0 * 86400
 _UNBOUNDED: Final = 1 << 40
 
@@ -179,6 +182,8 @@ def read_lines(requests: Path) -> Iterator[Line]:
     """
     try:
         with requests.open("rb") as file:
+            if not _is_stored(file):
+                raise BatchError(f"{requests}: is a pipe or a device, expected a file: it is read twice")
             for number, text in enumerate(file, 1):
                 if text.strip():
                     yield _line(f"{requests}:{number}", text)
@@ -195,7 +200,7 @@ def _line(where: str, text: bytes) -> Line:
         got = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise BatchError(f"{where}: got {got}, expected an object with {', '.join(sorted(_FIELDS))}")
     custom_id, method, url, body = content["custom_id"], content["method"], content["url"], content["body"]
-    if not isinstance(custom_id, str) or not custom_id:
+    if not isinstance(custom_id, str) or not custom_id or _SURROGATE.search(custom_id):
         raise BatchError(f"{where}: custom_id: got {custom_id!r}, expected a text")
     if method != "POST" or url not in URLS:
         raise BatchError(f"{where}: got {method!r} {url!r}, expected POST and one of {', '.join(URLS)}")
@@ -226,12 +231,20 @@ def _opened(answers: Path) -> BinaryIO:
         file: BinaryIO = answers.open("a+b", buffering=0)
     except OSError as error:
         raise BatchError(f"{answers}: cannot be written, {(error.strerror or str(error)).lower()}") from None
+    if not _is_stored(file):
+        file.close()
+        raise BatchError(f"{answers}: is a pipe or a device, expected a file, which another run could go on with")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise BatchError(f"{answers}: another run writes it; wait for it or give another output") from None
     return file
+
+
+def _is_stored(file: BinaryIO) -> bool:
+    """Whether an open file keeps what was written into it."""
+    return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
 
 
 def _answered(answers: Path, output: BinaryIO, ids: set[str]) -> set[str]:
@@ -248,9 +261,9 @@ def _answered(answers: Path, output: BinaryIO, ids: set[str]) -> set[str]:
             break
         try:
             name = json.loads(text)["custom_id"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             name = None
-        if name not in ids:
+        if not isinstance(name, str) or name not in ids:
             raise BatchError(f"{answers}:{number}: answers nothing of the input; give another output")
         done.add(name)
         end += len(text)

@@ -50,7 +50,7 @@ class Settings:
             value = getattr(self, name)
             if not value > 0:
                 raise SettingsError(f"{name}: got {value}, expected more than 0")
-        if self.drain_s < 0:
+        if not self.drain_s >= 0:
             raise SettingsError(f"drain_s: got {self.drain_s}, expected at least 0")
         if not 0 <= self.port < 1 << 16:
             raise SettingsError(f"port: got {self.port}, expected 0 to 65535")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,16 +50,18 @@ class HttpClient:
         """
         try:
             parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
+            host, port = (parts.hostname or "").encode("idna").decode(), parts.port
         except ValueError:
-            host, port = None, None
-        if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+            host, port = "", None
+        is_plain = host and parts.scheme in ("http", "https") and not parts.query and not parts.fragment
+        if not is_plain or not re.fullmatch("[!-~]*", parts.path):
             raise LoadError(f"{url}: is no address of a server, expected one such as http://127.0.0.1:8000")
         self._url, self._host, self._path = url, host, parts.path.rstrip("/")
         self._is_secure = parts.scheme == "https"
         self._port = port or (443 if self._is_secure else 80)
         self._clock = clock
-        self._headers = "".join(f"{name}: {value}\r\n" for name, value in {"host": parts.netloc, **headers}.items())
+        named = {"host": host_header(host, port), **headers}
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in named.items())
         self._idle: list[_Connection] = []
 
     def close(self) -> None:
@@ -114,6 +117,12 @@ class HttpClient:
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
             raise ServingError(f"{self._url}: cannot be reached, {reason.lower()}; is the server running?") from None
         return connection, True
+
+
+def host_header(host: str, port: int | None) -> str:
+    """Return the name of a server as HTTP has it: an IPv6 address in brackets, the port where one was given."""
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"
 
 
 class _Unheard(Exception):

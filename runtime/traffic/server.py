@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -39,8 +40,10 @@ class Server:
         """Take an address, with or without the `/v1` at its end, and an API key.
 
         Raises:
-            LoadError: it is no http or https address.
+            LoadError: it is no http or https address, or a key that no header can hold.
         """
+        if key and not re.fullmatch("[!-~]+", key):
+            raise LoadError("OPENAI_API_KEY: holds a space, a line break or a letter that is not ASCII; set it anew")
         self._url = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._client = HttpClient(self._url, headers, clock)

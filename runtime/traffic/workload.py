@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ class Range:
         Raises:
             LoadError: it is neither, or begins below 1.
         """
-        least, _, most = text.partition(":")
-        if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least)):
-            raise LoadError(f"{name}: got {text!r}, expected a number of at least 1, or LEAST:MOST such as 32:128")
-        return cls(int(least), int(most or least))
+        found = re.fullmatch(r"([0-9]{1,7})(?::([0-9]{1,7}))?", text)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            raise LoadError(f"{name}: got {text[:40]!r}, expected 1 to 9999999, or LEAST:MOST such as 32:128")
+        return cls(least, most)
 
     def draw(self, chance: random.Random) -> int:
         """Return one of them."""
@@ -124,7 +126,7 @@ def read_prompts(path: Path, is_chat: bool) -> tuple[Prompt, ...]:
         LoadError: it cannot be read, is empty, or a line is something else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8"
         raise LoadError(f"{path}: cannot be read, {reason.lower()}") from None
@@ -137,7 +139,7 @@ def read_prompts(path: Path, is_chat: bool) -> tuple[Prompt, ...]:
 def _read_line(place: str, line: str, is_chat: bool) -> Prompt:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LoadError(f'{place}: is not JSON, expected {{"prompt": ...}} or {{"messages": [...]}}') from None
     key = next((name for name in ("messages", "prompt") if isinstance(found, dict) and found.get(name)), None)
     if key is None:

@@ -10,6 +10,7 @@ import pytest
 from sse_server import Event, Script, StepClock, delta, served, token, usage
 
 from runtime.errors import LoadError, ServingError
+from runtime.traffic.http_client import HttpClient, host_header
 from runtime.traffic.measure import Heard, Load, Measurement, Work
 from runtime.traffic.server import Server
 from runtime.traffic.workload import Prompt, Question, Range, Workload
@@ -188,10 +189,34 @@ def test_a_server_without_a_list_of_models_needs_a_name() -> None:
             Server(url).find(None)
 
 
-@pytest.mark.parametrize("url", ["htp://x", "http://", "http://x:port", "http://x?y=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "htp://x",
+        "http://",
+        "http://x:port",
+        "http://x?y=1",
+        "http://..",
+        "http://" + "a" * 64,
+        "http://x/é",
+        "http://x/a b",
+    ],
+)
 def test_what_is_no_address_is_told(url: str) -> None:
     with pytest.raises(LoadError, match="is no address of a server, expected one such as"):
         Server(url)
+
+
+def test_a_server_is_called_by_its_name_as_http_has_it() -> None:
+    HttpClient("http://me:secret@bücher.example/v1", {}, StepClock())  # no letter of it is beyond a header
+    assert host_header("x", None) == "x"
+    assert host_header("::1", 80) == "[::1]:80"
+
+
+@pytest.mark.parametrize("key", ["ключ", "a b", "a\r\nhost: other"])
+def test_a_key_that_no_header_holds_is_refused(key: str) -> None:
+    with pytest.raises(LoadError, match="OPENAI_API_KEY: holds a space, a line break or a letter that is not ASCII"):
+        Server("http://x", key=key)
 
 
 def test_a_server_that_does_not_run_is_told() -> None:

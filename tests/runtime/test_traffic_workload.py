@@ -53,9 +53,9 @@ def test_a_range_is_read(text: str, want: Range) -> None:
     assert Range.parse("--x", text) == want
 
 
-@pytest.mark.parametrize("text", ["", "0", "9:8", "a", "1:b", ":4", "-1", "1:2:3"])
+@pytest.mark.parametrize("text", ["", "0", "9:8", "a", "1:b", ":4", "-1", "1:2:3", "4:", "²", "9" * 5000])
 def test_what_is_no_range_is_refused(text: str) -> None:
-    with pytest.raises(LoadError, match=r"--x: got '.*', expected a number of at least 1, or LEAST:MOST"):
+    with pytest.raises(LoadError, match=r"--x: got '.*', expected 1 to 9999999, or LEAST:MOST"):
         Range.parse("--x", text)
 
 
@@ -64,6 +64,12 @@ def test_prompts_of_a_file_are_asked_in_turn(tmp_path: Path) -> None:
     path.write_text('{"prompt": "one", "id": 7}\n\n{"prompt": [1, 2]}\n')
     workload = Workload(Range(1, 1), Range(4, 4), prompts=read_prompts(path, is_chat=False))
     assert [workload.question(number).prompt for number in range(3)] == ["one", [1, 2], "one"]
+
+
+def test_a_line_ends_at_a_line_break_and_at_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('\ufeff{"prompt": "one\u2028line\x85still"}\r\n{"prompt": "two"}\n'.encode())
+    assert read_prompts(path, is_chat=False) == ("one\u2028line\x85still", "two")
 
 
 def test_with_chat_a_text_becomes_a_message(tmp_path: Path) -> None:
@@ -77,6 +83,7 @@ def test_with_chat_a_text_becomes_a_message(tmp_path: Path) -> None:
     [
         ("", r"p\.jsonl: is empty, expected a prompt in each line"),
         ('{"prompt": "x"}\n{', r"p\.jsonl:2: is not JSON"),
+        ('{"prompt": ' + "[" * 100_000, r"p\.jsonl:1: is not JSON"),
         ("[1]", r"p\.jsonl:1: lacks a prompt"),
         ('{"prompt": ""}', r"p\.jsonl:1: lacks a prompt"),
         ('{"prompt": ["a"]}', r"p\.jsonl:1: prompt: expected a text or a list of token ids"),

@@ -85,6 +85,7 @@ def test_a_request_that_is_wrong_is_answered_by_what_is_wrong(run: Callable[...,
         (json.dumps(line("a", "/v1/models")), "expected POST and one of"),
         (json.dumps(line("a", stream=True)), "without stream"),
         (json.dumps(line("")), "custom_id: got ''"),
+        (json.dumps(line("\ud800")), "custom_id: got '\\ud800'"),
     ],
 )
 def test_a_file_that_is_no_batch_is_refused_before_any_work(tmp_path: Path, content: str, told: str) -> None:
@@ -95,6 +96,26 @@ def test_a_file_that_is_no_batch_is_refused_before_any_work(tmp_path: Path, cont
         run_batch({}, tmp_path / "in.jsonl", tmp_path / "out.jsonl", at_once=1)
     assert told in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_cannot_be_read_twice_or_gone_on_with_is_refused(tmp_path: Path) -> None:
+    from runtime.server.batch import BatchError, run_batch
+
+    requests = write(tmp_path / "in.jsonl", line("a"))
+    for paths in ((Path("/dev/zero"), tmp_path / "out.jsonl"), (requests, Path("/dev/null"))):
+        with pytest.raises(BatchError, match=r"/dev/\w+: is a pipe or a device, expected a file"):
+            run_batch({}, *paths, at_once=1)
+
+
+@pytest.mark.parametrize("old", ['{"custom_id": ["a"]}', '{"custom_id": ' + "[" * 100_000, "[]"])
+def test_an_output_that_is_no_batch_is_left_alone(tmp_path: Path, old: str) -> None:
+    from runtime.server.batch import BatchError, run_batch
+
+    requests, answers = write(tmp_path / "in.jsonl", line("a")), tmp_path / "out.jsonl"
+    answers.write_text(old + "\n")
+    with pytest.raises(BatchError, match=r"out\.jsonl:1: answers nothing of the input"):
+        run_batch({}, requests, answers, at_once=1)
+    assert answers.read_text() == old + "\n"
 
 
 def test_the_output_of_another_batch_is_left_alone(tmp_path: Path) -> None:

@@ -162,6 +162,12 @@ def test_settings_that_let_nothing_through_are_refused(name: str) -> None:
         dataclasses.replace(Settings(), **{name: 0})
 
 
+def test_a_drain_that_has_no_length_is_refused() -> None:
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(SettingsError, match="drain_s: got"):
+            Settings(drain_s=wrong)
+
+
 def test_keys_come_from_a_file_and_a_variable(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# of the team\n\nfirst \nsecond\n")

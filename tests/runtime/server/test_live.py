@@ -179,7 +179,8 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(
     for arguments, message in (
         (["--host", "0.0.0.0"], "host: 0.0.0.0 can be reached from other machines"),
         (["--api-key-file", "/missing"], "/missing: cannot be read"),
-        (["--kv-memory", "2T"], "--kv-memory: got '2T'"),
+        *((["--kv-memory", size], f"--kv-memory: got '{size[:40]}'") for size in ("2T", "", "²", "G", "9" * 5000)),
+        (["--threads", "9" * 20], "--threads"),
         ([folder], "is empty or taken; give it another as NAME=DIR"),
         ([f"b={folder}", "--digest", "0" * 64], "--digest: got 2 artifacts, expected one"),
         (["--digest", "0" * 63], "expected 64 hexadecimal digits"),

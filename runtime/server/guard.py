@@ -27,7 +27,7 @@ from runtime.server.settings import Settings
 MAX_NESTING: Final = 32
 BODY_TIMEOUT_S: Final = 30.0
 KEYLESS: Final = frozenset({"/livez", "/"})
-QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})  # asked all day: logged only when they fail
+QUIET: Final = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked all day: logged only when they fail
 _NO_STRUCTURE: Final = bytes(byte for byte in range(256) if byte not in b'"[]{}')
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _HEADERS: Final = (

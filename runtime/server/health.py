@@ -1,4 +1,4 @@
-"""`/livez`: whether a restart is needed. `/readyz`: whether requests should come here."""
+"""`/livez`: whether a restart is needed. `/readyz`, to vLLM's clients `/health`: whether requests should come here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(503, "engine: cannot go on; restart the server")
         return JSONResponse({"status": "ok"})
 
+    @routes.get("/health", include_in_schema=False)
     @routes.get("/readyz", summary="Whether requests should come here")
     async def readyz() -> JSONResponse:
         if service.admission.is_draining:

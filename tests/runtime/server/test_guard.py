@@ -46,7 +46,7 @@ def error(response: Any) -> dict[str, Any]:
     return dict(found)
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/readyz", "/openapi.json", "/v1/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/readyz", "/health", "/openapi.json", "/v1/nothing"])
 def test_every_route_but_livez_asks_for_a_key(keyed: Any, path: str) -> None:
     assert keyed.get("/livez").status_code == 200
     assert keyed.get(path).status_code == 401

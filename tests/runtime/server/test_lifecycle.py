@@ -272,6 +272,7 @@ def test_a_server_that_drains_lets_nobody_in_and_ends_what_runs(play: Any) -> No
 def test_an_engine_that_breaks_ends_all_answers_and_turns_the_server_red(play: Any) -> None:
     async def scene(server: Server) -> None:
         assert (await server.get("/readyz"))[0] == (await server.get("/livez"))[0] == 200
+        assert (await server.get("/health"))[0] == 200  # what vLLM's clients ask before they begin
         stream, whole = server.ask(stream=True), server.ask()
         await server.begin(2)
         server.engine.fault = RuntimeError("the kernel is gone")

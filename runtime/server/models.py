@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -49,4 +50,5 @@ def _described(service: Service, name: str, served: Served) -> dict[str, Any]:
     if isinstance(served.worker, AsyncEngine):
         engine = served.worker.engine
         described |= {"slots": engine.session.slots, "sampling": dict(served.sampling)}
+        described["determinism"] = asdict(engine.promises)
     return described

@@ -68,7 +68,9 @@ class Served:
             return f"{self.manifest.described_kind}, texts of at most {self.longest} tokens"
         engine, stats = self.worker.engine, self.worker.stats()
         megabytes = stats.budget_tokens * engine.session.cache.token_bytes / 1e6
-        return f"{stats.slots} slots, context {self.longest} tokens, at most {megabytes:.0f} MB of keys and values"
+        slots = f"{stats.slots} slot{'s' if stats.slots > 1 else ''}"
+        memory = f"at most {megabytes:.0f} MB of keys and values"
+        return f"{slots}, context {self.longest} tokens, {memory}; {engine.promises.words}"
 
 
 class Service:

@@ -195,4 +195,5 @@ def test_metrics_count_what_was_answered(app_of: Any, client_of: Any) -> None:
 def test_models_tell_what_they_can(client: Any) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert {"id": "artifact-v1", "object": "model", "kind": "decoder", "max_model_len": 128}.items() <= model.items()
+    assert set(model["determinism"]) == {"rows", "chunks", "phases"}
     assert len(model["digest"]) == 64 and model["vocabulary"] == 288 and model["slots"] == 4

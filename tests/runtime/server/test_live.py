@@ -92,6 +92,25 @@ def test_the_openai_package_asks_many_at_once(server: Any, generator: TextGenera
     assert asyncio.run(main()) == [want[prompt] for prompt in prompts]
 
 
+def test_lm_eval_scores_as_the_generator_does(
+    server: Any, generator: TextGenerator, decoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    url, tokenizer = f"{server.url}/v1/completions", str(decoder_folder)
+    client = models.LocalCompletionsAPI(model="artifact-v1", base_url=url, tokenizer=tokenizer, batch_size=3)
+    asked = [("the quick", " brown fox"), ("def main():", " pass"), ("x", " y z")]
+    scored = client.loglikelihood([Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(asked)])
+    for (context, rest), (total, is_greedy) in zip(asked, scored, strict=True):
+        ids, before = generator.tokenizer.encode(context + rest), len(generator.tokenizer.encode(context))
+        logprobs = generator.generate(ids, max_tokens=0, prompt_logprobs=1).prompt_logprobs or ()
+        own = [each for each in logprobs[before:] if each is not None]
+        assert total == sum(each.logprob for each in own)
+        assert is_greedy == all(each.token == each.top[0][0] for each in own)
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_shows_a_stream(server: Any) -> None:
     body = json.dumps({"prompt": "the", "max_tokens": 5, "stream": True})
@@ -220,7 +239,7 @@ class Process:
 
 def test_sigterm_ends_streams_validly_and_the_process_well(decoder_folder: Path) -> None:
     with Process(decoder_folder, "--slots", "1", "--drain-s", "0.3") as served:
-        assert served.line.startswith("serving m at http://127.0.0.1:") and "1 slots, context 128 tokens" in served.line
+        assert served.line.startswith("serving m at http://127.0.0.1:") and "1 slot, context 128 tokens" in served.line
         body = {"prompt": "the", "max_tokens": 100, "n": 256, "ignore_eos": True, "stream": True}
         with httpx2.stream("POST", f"{served.url}/v1/completions", json=body, headers=BEARER, timeout=30) as response:
             lines = response.iter_lines()

@@ -7,6 +7,8 @@ from typing import Final
 
 LEAST_TOKENS: Final = 4  # already 1.6 times as much per token as 32 on a 135M shape: the weights are read all the same
 MOST_TOKENS: Final = 128  # a larger one is no faster per token
+_OVERHEAD: Final = 4  # 3 to 7 on a 135M shape after 0 to 4,000 tokens
+_STRETCH: Final = 256
 
 
 def prefill_chunks(tokens: int, size: int = MOST_TOKENS) -> Iterator[int]:
@@ -31,39 +33,31 @@ def next_chunk(left: int, size: int) -> int:
 
 
 class Pace:
-    """Learns what a token costs from the chunks that were run, apart for each power of two of tokens before it.
+    """Learns what chunks cost, apart for each `_STRETCH` of tokens before them.
 
-    A cost that rises counts at once, one that falls by half, so that one quick chunk does not make the next too long.
-    It begins with the smallest chunk. The limit is on what was measured: a chunk that meets another process on the
-    machine, or the first one after far more tokens than any before, may take longer; the next is smaller.
+    A chunk costs what its tokens do and, whatever their number, as much as `_OVERHEAD` more: the weights are read once,
+    and so is what attention looks at. A cost that rises counts at once, one that falls by half, so that one quick chunk
+    does not make the next too long. It begins with the smallest chunk. The limit is on what was measured: a chunk that
+    meets another process on the machine, or the first one after far more tokens than any before, may take longer; the
+    next is smaller.
     """
 
     def __init__(self, max_stall_ms: float) -> None:
         """Take the most milliseconds of a chunk; on a machine too slow for `LEAST_TOKENS` they take what they take."""
-        self._limit_s = 0.95 * max_stall_ms / 1e3  # the rest is for rounding to the nearest even number
-        self._token_s: dict[int, float] = {}  # by the number of bits of the tokens before the chunk
+        self._limit_s = 0.92 * max_stall_ms / 1e3  # the rest is for what varies from chunk to chunk
+        self._token_s: dict[int, float] = {}  # by stretches before the chunk
 
     def tokens(self, past: int) -> int:
         """Return how many tokens to run after `past` others: an even number from `LEAST_TOKENS` to `MOST_TOKENS`."""
-        known = [bits for bits in self._token_s if bits <= _bits(past)] or list(self._token_s)
-        if not known:
+        if not self._token_s:
             return LEAST_TOKENS
-        fitting = self._limit_s / self._token_s[max(known)]
+        known = [stretch for stretch in self._token_s if stretch <= past // _STRETCH]
+        fitting = self._limit_s / self._token_s[max(known or self._token_s)] - _OVERHEAD
         return 2 * round(max(LEAST_TOKENS, min(MOST_TOKENS, fitting)) / 2)
 
     def measured(self, tokens: int, past: int, seconds: float) -> None:
-        """Learn from a chunk that was run.
-
-        A token costs less in a longer chunk. So once something is known, only chunks of the size that was told count,
-        not those of when nobody waited, nor the short rest of a prompt unless it took too long itself.
-        """
-        cost, bits, told = seconds / tokens, _bits(past), self.tokens(past)
-        counts = tokens == told or (tokens < told and seconds >= self._limit_s)
-        if bits in self._token_s and not counts:
-            return
-        before = self._token_s.get(bits, cost)
-        self._token_s[bits] = max(cost, (cost + before) / 2)
-
-
-def _bits(past: int) -> int:
-    return max(past, 256).bit_length()  # below 256 attention is a small part of the cost
+        """Learn from a chunk that was run; from the short rest of a prompt there is nothing to learn."""
+        if tokens >= LEAST_TOKENS:
+            cost, stretch = seconds / (tokens + _OVERHEAD), past // _STRETCH
+            before = self._token_s.get(stretch, cost)
+            self._token_s[stretch] = max(cost, (cost + before) / 2)

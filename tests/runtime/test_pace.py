@@ -22,16 +22,14 @@ def test_the_first_chunk_is_the_smallest() -> None:
 
 
 def test_chunks_grow_to_the_limit_and_no_further() -> None:
-    assert settled(fixed_s=0.005, token_s=0.001, limit_ms=60) == 52  # 5 ms + 52 x 1 ms, which is 95 %
+    assert settled(fixed_s=0.004, token_s=0.001, limit_ms=60) == 52  # 4 ms + 52 x 1 ms, which is 93 %
+    assert settled(fixed_s=0.03, token_s=0.003, limit_ms=60) == 8  # 54 ms: most of it is fixed
 
 
-def test_chunks_grow_again_where_most_of_the_cost_is_fixed() -> None:
+def test_the_second_chunk_is_near_the_limit() -> None:
     pace = Pace(60)
-    pace.measured(4, 2000, 0.2)
-    for _ in range(30):
-        tokens = pace.tokens(2000)
-        pace.measured(tokens, 2000, 0.03 + tokens * 0.003)
-    assert pace.tokens(2000) == 8  # 54 ms; 4 tokens would take 42
+    pace.measured(4, 0, 0.004 + 4 * 0.001)
+    assert pace.tokens(0) == 52
 
 
 def test_a_slow_machine_gets_the_smallest_and_a_fast_one_the_largest() -> None:
@@ -41,29 +39,35 @@ def test_a_slow_machine_gets_the_smallest_and_a_fast_one_the_largest() -> None:
 
 def test_a_rise_counts_at_once_and_a_fall_by_half() -> None:
     pace = Pace(60)
-    pace.measured(16, 0, 16 * 0.001)
-    assert pace.tokens(0) == 56  # 95 % of 60, to an even number
-    pace.measured(56, 0, 56 * 0.002)
-    assert pace.tokens(0) == 28
-    pace.measured(28, 0, 28 * 0.001)
-    assert pace.tokens(0) == 38
+    pace.measured(16, 0, 20 * 0.001)  # a millisecond for each of 16 tokens, and as much as 4 for all
+    assert pace.tokens(0) == 52  # 55.2 less 4, to an even number
+    pace.measured(52, 0, 56 * 0.002)
+    assert pace.tokens(0) == 24
+    pace.measured(24, 0, 28 * 0.001)
+    assert pace.tokens(0) == 32
 
 
 def test_tokens_after_many_others_are_learned_apart() -> None:
     pace = Pace(60)
-    pace.measured(16, 0, 16 * 0.001)
-    pace.measured(16, 4000, 16 * 0.003)
-    assert (pace.tokens(0), pace.tokens(4000), pace.tokens(100_000)) == (56, 20, 20)
+    pace.measured(16, 0, 20 * 0.001)
+    pace.measured(16, 4000, 20 * 0.003)
+    assert [pace.tokens(past) for past in (0, 255, 3000, 3839, 3840, 100_000)] == [52, 52, 52, 52, 14, 14]
 
 
-def test_chunks_of_another_size_say_nothing_unless_they_were_short_and_too_slow() -> None:
+def test_the_nearest_that_is_known_of_fewer_tokens_before_counts_or_else_of_more() -> None:
     pace = Pace(60)
-    pace.measured(16, 0, 16 * 0.001)
-    pace.measured(3, 0, 0.03)  # 10 ms per token, of which the weights are most
-    pace.measured(128, 0, 128 * 0.0003)  # nobody waited
-    assert pace.tokens(0) == 56
+    pace.measured(16, 2000, 20 * 0.002)
+    assert pace.tokens(0) == pace.tokens(5000) == 24
+    pace.measured(16, 3000, 20 * 0.003)
+    assert (pace.tokens(2500), pace.tokens(5000)) == (24, 14)
+
+
+def test_large_chunks_tell_of_small_ones_and_the_rest_of_a_prompt_tells_nothing() -> None:
+    pace = Pace(60)
+    pace.measured(128, 0, 132 * 0.001)  # nobody waited
+    assert pace.tokens(0) == 52
     pace.measured(3, 0, 0.09)
-    assert pace.tokens(0) == LEAST_TOKENS
+    assert pace.tokens(0) == 52
 
 
 @given(st.lists(st.tuples(st.integers(1, 128), st.integers(0, 10**6), st.floats(1e-6, 1e3)), max_size=20))

@@ -23,6 +23,7 @@ from runtime.processor import int8_sums_may_overflow
 from runtime.threads import default_threads
 
 _PAST: Final = re.compile(r"past\.(\d+)\.(key|value)")
+_SPIN_US: Final = "20"  # how long a thread waits awake for the next operator; onnxruntime's own is above a millisecond
 _SMALL: Final = ("input_ids", "seqlens_k", "total_sequence_length", "logits_positions")
 _ENCODER: Final = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -41,6 +42,7 @@ def open_graph(model: str | os.PathLike[str], threads: int | None = None) -> Any
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = default_threads() if threads is None else threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     options.log_severity_level = 3  # errors: its warnings speak to people who build graphs
     if int8_sums_may_overflow():
         options.add_session_config_entry("session.x64quantprecision", "1")  # unsigned weights: slower, and exact

@@ -51,7 +51,7 @@ class ChatTemplate:
             return None
         return cls(source, {name: _content(config[name]) for name in _SPECIAL if config.get(name) is not None})
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> str:
         """Return the prompt for a conversation, ending where the assistant's answer begins.
 
         Args:

@@ -97,7 +97,7 @@ class ChatEncoder:
         return self._strict if message.get("role") == "assistant" else self._any
 
     def _encode(self, backend: tokenizers.Tokenizer, text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids  # the template writes them itself
+        return encode_alone(backend, text, add_special_tokens=False)  # the template writes them itself
 
     def _stand_ins(self, texts: Sequence[Any]) -> dict[str, str]:
         """Return a character for each control token that occurs neither in these texts nor in the template."""
@@ -120,6 +120,13 @@ class ChatEncoder:
             token["content"] = self._secret_names.get(token["content"], token["content"])
         _rename(content["model"], self._secret_names)
         return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def encode_alone(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return the ids of one text; unlike `encode` of the library, this lets other threads run meanwhile."""
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:

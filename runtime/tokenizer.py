@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from runtime.chat_template import ChatTemplate, Message
-from runtime.chat_tokens import ChatEncoder, strings
+from runtime.chat_tokens import ChatEncoder, encode_alone, strings
 from runtime.errors import ArtifactError, PromptError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text, with the special tokens that the model expects around it unless told otherwise."""
-        return self._backend.encode(_unicode(text), add_special_tokens=add_special_tokens).ids
+        return encode_alone(self._backend, _unicode(text), add_special_tokens=add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Return each text as `encode` does, and whether it was cut."""
@@ -95,7 +95,7 @@ class Tokenizer:
         encodings = self._backend.encode_batch(list(texts))
         return [Encoded(each.ids, each.type_ids, bool(each.overflowing)) for each in encodings]
 
-    def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], /, **variables: Any) -> list[int]:
         """Return the ids of a conversation, ending where the assistant's answer begins.
 
         Names of control tokens in the messages are ordinary text.

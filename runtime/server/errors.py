@@ -99,7 +99,8 @@ async def answer_validation_error(_: Request, error: Exception) -> JSONResponse:
     """Answer for a body that is not what its route takes: the first mistake, by its field."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    param = first.get("ctx", {}).get("field") or _path(first["loc"])
+    is_field = first["type"] != "json_invalid"  # which tells a place in the text
+    param = first.get("ctx", {}).get("field") or (_path(first["loc"]) if is_field else "") or None
     return ApiError(400, f"{param or 'body'}: {_explained(first)}", param=param).response()
 
 

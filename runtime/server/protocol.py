@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,7 +31,32 @@ from runtime.server.errors import ApiError
 from runtime.server.settings import MAX_CHOICES, MAX_TEXTS
 
 _SEEDS: Final = 1 << 64
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_MOST_FIELDS: Final = 64  # of one object; each one that is wrong costs an error before the first is told
+_MOST_IDS: Final = 1 << 18
+
+
+def _at_most(most: int) -> Callable[[Any], Any]:
+    """Return a validator that counts an object's entries before they are looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError(
+                "entries", "got {got} entries, expected at most {most}", {"got": len(value), "most": most}
+            )
+        return value
+
+    return check
+
+
+def _own(variables: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a variable that would take the place of the conversation."""
+    if "messages" in variables:
+        raise PydanticCustomError("variables", "got messages, which have a field of their own")
+    return variables
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Name = Annotated[str, Field(max_length=512)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -78,6 +104,10 @@ class Body(BaseModel):
     def _known(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
+        if len(content) > _MOST_FIELDS:
+            raise PydanticCustomError(
+                "fields", "got an object of {got} fields, which are too many", {"got": len(content)}
+            )
         given = {name: value for name, value in content.items() if value is not None}
         for name in cls.unsupported.keys() & given.keys():
             if given.pop(name) not in cls.unsupported[name]:
@@ -108,17 +138,19 @@ class Generation(Body):
     repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] = {}
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024), BeforeValidator(_at_most(1024))] = {}
     seed: Annotated[int, Field(ge=-(1 << 63), lt=_SEEDS)] | None = None
     stop: Annotated[
-        StopString | Annotated[list[StopString], Field(max_length=64)],
+        StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=64)],
         WrapValidator(_one_of("a text or at most 64 texts, each of 1 to 1024 characters")),
     ] = []
-    stop_token_ids: Annotated[list[int], Field(max_length=256)] = []
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=256)] = []
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     user: Name = Field("", description="Of no effect.")
-    metadata: Annotated[dict[str, str], Field(max_length=16)] = Field({}, description="Of no effect.")
+    metadata: Annotated[dict[str, str], Field(max_length=16), BeforeValidator(_at_most(16))] = Field(
+        {}, description="Of no effect."
+    )
     store: bool = Field(False, description="Of no effect: nothing is stored.")
     service_tier: Literal["auto", "default", ""] = Field("", description="Of no effect.")
 
@@ -157,6 +189,11 @@ class Generation(Body):
         }
 
 
+TemplateVariables = Annotated[
+    dict[str, str | bool | int | float], Field(max_length=32), BeforeValidator(_at_most(32)), AfterValidator(_own)
+]
+
+
 def _token_id(key: str) -> int:
     if not key.isascii() or not key.isdigit() or len(key) > 18:
         raise ApiError(400, f"logit_bias: got the key {key[:40]!r}, expected a token id", param="logit_bias")
@@ -168,7 +205,7 @@ class CompletionBody(Generation):
 
     unsupported = {"suffix": (), **_NO_MODES}
     prompt: Annotated[
-        str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)],
+        str | Ids | Annotated[Texts, Field(min_length=1)] | Annotated[list[Ids], Field(fail_fast=True, min_length=1)],
         WrapValidator(_one_of("a text, token ids, or a list of texts or of token ids")),
     ]
     max_tokens: Annotated[int, Field(ge=0)] = 16
@@ -205,7 +242,7 @@ def _text(content: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str) or part.keys() > {"type", "text"}:
             text = "got a part of type {kind}, expected text with its type and text alone; nothing else can be read"
-            raise PydanticCustomError("content", text, {"kind": str(kind)[:40]})
+            raise PydanticCustomError("content", text, {"kind": repr(kind)[:40]})
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -245,13 +282,13 @@ class ChatBody(Generation):
     """What `/v1/chat/completions` takes."""
 
     unsupported = {**_NO_TOOLS, **_NO_MODES}
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
     parallel_tool_calls: bool = Field(True, description="Of no effect.")
-    chat_template_kwargs: Annotated[dict[str, str | bool | int | float], Field(max_length=32)] = {}
+    chat_template_kwargs: TemplateVariables = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
@@ -277,10 +314,10 @@ class TokenizeBody(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
-    chat_template_kwargs: Annotated[dict[str, str | bool | int | float], Field(max_length=32)] = {}
+    chat_template_kwargs: TemplateVariables = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> TokenizeBody:
@@ -293,7 +330,7 @@ class DetokenizeBody(Body):
     """What `/detokenize` takes."""
 
     model: Name | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True, max_length=_MOST_IDS)]
 
 
 class EncoderBody(Body):
@@ -311,8 +348,8 @@ class TextsBody(EncoderBody):
     input: Annotated[
         str
         | Ids
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_TEXTS)],
+        | Annotated[Texts, Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)],
         WrapValidator(_one_of(f"a text, token ids, or a list of 1 to {MAX_TEXTS} of either")),
     ]
 
@@ -346,7 +383,7 @@ class RerankBody(EncoderBody):
 
     unsupported = {"rank_fields": (), "max_chunks_per_doc": (), "max_tokens_per_doc": ()}
     query: str
-    documents: Annotated[list[str | Document], Field(min_length=1, max_length=MAX_TEXTS)]
+    documents: Annotated[list[str | Document], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
     top_n: Annotated[int, Field(ge=0)] | None = None
     return_documents: bool = True
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from runtime.generation import TextGenerator
 from runtime.sampler import SamplingParams
 from runtime.server.loading import sampling_defaults
-from runtime.server.protocol import ChatBody, CompletionBody
+from runtime.server.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, RerankBody, TextsBody
 
 HI = [{"role": "user", "content": "hi"}]
 HARMLESS: dict[str, Any] = {
@@ -44,7 +45,7 @@ def complete(client: Any, **body: Any) -> Any:
     return client.post("/v1/completions", json={"prompt": "the", "max_tokens": 3, **body})
 
 
-def refused(response: Any, status: int = 400) -> tuple[str, str]:
+def refused(response: Any, status: int = 400) -> tuple[Any, str]:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     return error["param"], error["message"]
@@ -90,6 +91,7 @@ def test_what_changes_nothing_is_accepted(client: Any, name: str) -> None:
         ("service_tier", "gold"),
         ("messages", []),
         ("chat_template_kwargs", {"x": []}),
+        ("chat_template_kwargs", {"messages": "x"}),
     ],
 )
 def test_what_is_not_understood_is_refused_by_its_name(client: Any, name: str, value: Any) -> None:
@@ -112,6 +114,44 @@ def test_what_is_not_understood_is_refused_by_its_name(client: Any, name: str, v
 )
 def test_a_message_that_is_not_text_is_refused(client: Any, message: Any, param: str) -> None:
     assert refused(chat(client, messages=[message]))[0] == param
+
+
+def test_a_template_may_have_variables_of_any_name_but_messages(client: Any) -> None:
+    assert chat(client, chat_template_kwargs={"self": "x", "variables": 1, "": True}).status_code == 200
+
+
+def test_half_a_character_is_told_written_out(client: Any) -> None:
+    content = b'{"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]}'
+    response = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert "got a part of type '\\ud800', expected text" in refused(response)[1]
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"prompt": "a"} x'])
+def test_what_is_no_json_is_told_by_its_place(client: Any, content: bytes) -> None:
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    param, message = refused(response)
+    assert param is None and message.startswith("body: is not JSON at character ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (DetokenizeBody, {"tokens": ["x"] * 100}),
+        (TextsBody, {"input": [{}] * 100}),
+        (RerankBody, {"query": "x", "documents": [7] * 100}),
+        (CompletionBody, {"prompt": [-1] * 100}),
+        (CompletionBody, {f"field_{index}": 1 for index in range(100)}),
+        (CompletionBody, {"prompt": "x", "stop_token_ids": ["x"] * 100}),
+        (CompletionBody, {"prompt": "x", "metadata": {str(index): 1 for index in range(100)}}),
+        (CompletionBody, {"prompt": "x", "logit_bias": {str(index): "x" for index in range(2000)}}),
+        (ChatBody, {"messages": HI, "chat_template_kwargs": {str(index): [] for index in range(100)}}),
+        (ChatBody, {"messages": [{"role": "user"}] * 100}),
+    ],
+)
+def test_a_mistake_made_often_is_looked_at_once(kind: type[Body], content: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(content)
+    assert caught.value.error_count() <= 2  # of a union, one for each of what it may be
 
 
 def test_messages_as_clients_send_them_back_are_read() -> None:

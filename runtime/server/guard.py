@@ -25,6 +25,7 @@ from runtime.server.metrics import Metrics
 from runtime.server.settings import Settings
 
 MAX_NESTING: Final = 32
+MAX_HELD_BYTES: Final = 256 << 20
 BODY_TIMEOUT_S: Final = 30.0
 KEYLESS: Final = frozenset({"/livez", "/"})
 QUIET: Final = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked all day: logged only when they fail
@@ -53,6 +54,7 @@ class Guard:
         self._app = app
         self._metrics = metrics
         self._settings = settings
+        self._held = 0  # bytes of bodies that were taken and whose requests go on
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
         self._hosts = {"localhost", settings.host.lower(), *(name.lower() for name in settings.allow_hosts)}
         self._origins = {origin.lower().rstrip("/") for origin in settings.allow_origins}
@@ -71,6 +73,7 @@ class Guard:
             log.exception("request failed", error, request_id=visit.request_id)
             await visit.refuse(ApiError(500, "server: a bug; its log has more under this request's id"))
         finally:
+            self._held -= visit.body_bytes
             self._metrics.visited(visit.route, visit.status)
             visit.log()
 
@@ -87,7 +90,7 @@ class Guard:
                 return
         self._check_key(visit.scope["path"], headers)
         if visit.scope["method"] in ("POST", "PUT", "PATCH"):
-            receive = _replayed(await self._body(headers, receive), receive)
+            receive = _replayed(await self._body(visit, receive), receive)
         await self._app(visit.scope, receive, visit.send)
 
     def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
@@ -118,7 +121,8 @@ class Guard:
             text = "authorization: got no valid API key, expected `Authorization: Bearer KEY`"
             raise ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+    async def _body(self, visit: _Visit, receive: Receive) -> bytes:
+        headers = visit.headers
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if kind != b"application/json":
             text = f"content-type: got {kind.decode('latin-1')[:60]!r}, expected application/json"
@@ -135,6 +139,7 @@ class Guard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ApiError(400, "body: the client left before its end")
+                    self._hold(visit, message.get("body", b""))
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > most:
@@ -145,6 +150,14 @@ class Guard:
         if is_nested_deeper(whole, MAX_NESTING):
             raise ApiError(400, f"body: is nested deeper than {MAX_NESTING} levels")
         return whole
+
+    def _hold(self, visit: _Visit, part: bytes) -> None:
+        """Count a part of a body among those that are in memory."""
+        visit.body_bytes += len(part)
+        self._held += len(part)
+        if self._held > MAX_HELD_BYTES:
+            text = f"body: those of all requests together are over {MAX_HELD_BYTES} bytes; ask again later"
+            raise ApiError(429, text, headers={"Retry-After": "1", **_CLOSE})
 
 
 _CLOSE: Final = {"Connection": "close"}
@@ -162,6 +175,7 @@ class _Visit:
         self.added: list[tuple[bytes, bytes]] = [*_HEADERS, (b"x-request-id", self.request_id.encode())]
         self._send = send
         self.status: int | None = None
+        self.body_bytes = 0
         self._begin = time.perf_counter()
         log.note(scope)
 

@@ -23,6 +23,8 @@ from runtime.server.service import Service
 from runtime.server.settings import Settings
 
 HEADERS_TIMEOUT_S: Final = 30.0
+KEEP_ALIVE_S: Final = 65  # longer than the minute that proxies keep theirs: who closes first must not be asked
+MAX_CONNECTIONS: Final = 1000  # within the 1,024 files that systems let a process open
 _LOOK_S: Final = 0.05
 _LAST_WORDS_S: Final = 5.0  # for answers that were ended to be written
 
@@ -54,6 +56,8 @@ def server_of(app: FastAPI, settings: Settings, announce: Callable[[], None]) ->
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(_LAST_WORDS_S),
     )
     return Server(config, app.state.service, announce)

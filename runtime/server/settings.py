@@ -37,7 +37,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 4 << 20
     queue_requests: int = 256
     queue_tokens: int = 1 << 18
     timeout_s: float = 600.0

@@ -116,6 +116,16 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(keyed: Any) -> No
         assert response.status_code == 413 and "at most 4096 bytes" in error(response)["message"]
 
 
+def test_bodies_of_all_requests_together_are_bounded(keyed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_HELD_BYTES", 1000)
+    for size, status in ((2000, 429), (100, 200), (2000, 429), (800, 200)):  # what ended counts no longer
+        body = json.dumps({**ASK, "user": "x"}) + " " * size
+        headers = {"content-type": "application/json", **bearer()}
+        response = keyed.post("/v1/completions", content=body, headers=headers)
+        assert response.status_code == status
+    assert "retry-after" not in response.headers
+
+
 def test_a_body_must_be_called_json(keyed: Any) -> None:
     response = keyed.post("/v1/completions", content="{}", headers={"content-type": "text/plain", **bearer()})
     assert response.status_code == 415 and "expected application/json" in error(response)["message"]

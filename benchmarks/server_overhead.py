@@ -163,10 +163,10 @@ def main() -> None:
             say(f"round {index + 1} of {options.rounds}")
     about = machine() | {
         "artifact": options.artifact.name,
-        "load": f"{options.streams} at a time, prompts of {least} to {most}, {options.new_tokens} new tokens, greedy",
+        "load per turn": f"{options.requests} requests, {options.streams} at a time, "
+        f"prompts of {least} to {most}, {options.new_tokens} new tokens, greedy",
         "threads": str(options.threads),
-        "repetitions": f"{options.rounds} rounds of {options.requests} requests, sides taking turns; "
-        "median (lowest to highest)",
+        "repetitions": f"{options.rounds} rounds, sides taking turns; median (lowest to highest)",
     }
     libraries = versions(("onnxruntime", "fastapi", "starlette", "uvicorn", "httptools", "numpy"))
     print(header("Server overhead", about, libraries))

@@ -133,51 +133,52 @@ class Connection(HttpToolsProtocol):
 
     Attributes:
         headers_timeout_s: how long a client may take for its first headers.
-        slow_reader_s: how long what was sent may lie unread while more waits to be sent.
+        slow_reader_s: how long it may read nothing while what was sent waits for it.
     """
 
     headers_timeout_s: float = HEADERS_TIMEOUT_S
     slow_reader_s: float = 30.0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for a request."""
         super().connection_made(transport)
-        self._timers = _Timers(self.loop, transport.abort)
-        self._timers.start("headers", self.headers_timeout_s)
+        self._timer = self.loop.call_later(self.headers_timeout_s, transport.abort)
 
     def on_headers_complete(self) -> None:
         """Take a request."""
-        self._timers.stop("headers")
+        if not self.flow.write_paused:  # else the timer is the reader's
+            self._stop_timer()
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
         """Let the client read what was sent."""
         super().pause_writing()
-        self._timers.start("reader", self.slow_reader_s)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         """Go on, now that it has."""
-        self._timers.stop("reader")
+        self._stop_timer()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the client."""
-        self._timers.stop("headers")
-        self._timers.stop("reader")
+        self._stop_timer()
         super().connection_lost(exc)
 
+    def _watch_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
 
-class _Timers:
-    """Named timers that all do the same."""
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < unread:
+                self._watch_reader()
+            else:
+                self.transport.abort()
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
-        self._loop, self._action = loop, action
-        self._running: dict[str, asyncio.TimerHandle] = {}
+        self._stop_timer()
+        self._timer = self.loop.call_later(self.slow_reader_s, look)
 
-    def start(self, name: str, seconds: float) -> None:
-        self.stop(name)
-        self._running[name] = self._loop.call_later(seconds, self._action)
-
-    def stop(self, name: str) -> None:
-        if name in self._running:
-            self._running.pop(name).cancel()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -149,27 +149,60 @@ def test_a_client_that_does_not_read_is_cut(server: Any) -> None:
     assert aborted(server) > before
 
 
+class Transport:
+    """What a connection sees of its socket."""
+
+    is_cut = False
+    unread = 100
+
+    def abort(self) -> None:
+        self.is_cut = True
+
+    def get_extra_info(self, _: str) -> None:
+        return None
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+
+def connected(transport: Any) -> Connection:
+    from uvicorn import Config
+    from uvicorn.server import ServerState
+
+    connection = Connection(Config(app=lambda: None, log_config=None), ServerState(), {})
+    connection.headers_timeout_s = connection.slow_reader_s = 0.01
+    connection.connection_made(transport)
+    return connection
+
+
+async def cut(transport: Transport) -> None:
+    async with asyncio.timeout(30):
+        while not transport.is_cut:
+            await asyncio.sleep(0.001)
+
+
 def test_a_client_that_sends_no_headers_is_cut() -> None:
-    class Transport:
-        aborted = False
-
-        def abort(self) -> None:
-            self.aborted = True
-
-        def get_extra_info(self, _: str) -> None:
-            return None
-
     async def main() -> None:
-        from uvicorn import Config
-        from uvicorn.server import ServerState
+        transport = Transport()
+        connected(transport)
+        await cut(transport)
 
-        transport: Any = Transport()
-        connection = Connection(Config(app=lambda: None, log_config=None), ServerState(), {})
-        connection.headers_timeout_s = 0.01
-        connection.connection_made(transport)
-        async with asyncio.timeout(30):
-            while not transport.aborted:
+    asyncio.run(main())
+
+
+def test_a_client_that_reads_slowly_is_not_cut_before_it_stops() -> None:
+    async def main() -> None:
+        transport = Transport()
+        connection = connected(transport)
+        connection._stop_timer()
+        connection.pause_writing()
+        for _ in range(3):
+            transport.unread -= 1
+            before = connection._timer
+            while connection._timer is before:
                 await asyncio.sleep(0.001)
+            assert not transport.is_cut
+        await cut(transport)
 
     asyncio.run(main())
 

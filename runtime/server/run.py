@@ -23,6 +23,7 @@ from runtime.server.service import Service
 from runtime.server.settings import Settings
 
 HEADERS_TIMEOUT_S: Final = 30.0
+MAX_HEAD_BYTES: Final = 1 << 16
 KEEP_ALIVE_S: Final = 65  # longer than the minute that proxies keep theirs: who closes first must not be asked
 MAX_CONNECTIONS: Final = 1000  # within the 1,024 files that systems let a process open
 _LOOK_S: Final = 0.05
@@ -132,21 +133,41 @@ class Connection(HttpToolsProtocol):
     """A connection that is cut when its client neither sends the rest of its headers nor reads what it was sent.
 
     Attributes:
-        headers_timeout_s: how long a client may take for its first headers.
+        headers_timeout_s: how long a client may take for its first request, and for the headers of each.
         slow_reader_s: how long it may read nothing while what was sent waits for it.
     """
 
     headers_timeout_s: float = HEADERS_TIMEOUT_S
     slow_reader_s: float = 30.0
     _timer: asyncio.TimerHandle | None = None
+    _head_bytes: int | None = None  # of a request whose headers are not complete, but for those read with its first
 
     def connection_made(self, transport: Any) -> None:
         """Wait for a request."""
         super().connection_made(transport)
         self._timer = self.loop.call_later(self.headers_timeout_s, transport.abort)
 
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, unless the address and the headers of a request are too long."""
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"headers: are too long, expected at most {MAX_HEAD_BYTES} bytes")
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """Wait for the headers of a request."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and not self.flow.write_paused:
+            self._stop_timer()
+            self._timer = self.loop.call_later(self.headers_timeout_s, self.transport.abort)
+
     def on_headers_complete(self) -> None:
         """Take a request."""
+        self._head_bytes = None
         if not self.flow.write_paused:  # else the timer is the reader's
             self._stop_timer()
         super().on_headers_complete()

@@ -21,7 +21,7 @@ import pytest
 from optimizer.cli import main
 from runtime.errors import SettingsError
 from runtime.generation import TextGenerator
-from runtime.server.run import Connection, bind
+from runtime.server.run import MAX_HEAD_BYTES, Connection, bind
 from runtime.server.settings import Settings
 
 Make = Callable[..., Any]
@@ -154,6 +154,13 @@ class Transport:
 
     is_cut = False
     unread = 100
+    written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.is_cut = True
 
     def abort(self) -> None:
         self.is_cut = True
@@ -186,6 +193,33 @@ def test_a_client_that_sends_no_headers_is_cut() -> None:
         transport = Transport()
         connected(transport)
         await cut(transport)
+
+    asyncio.run(main())
+
+
+def test_headers_of_a_later_request_are_waited_for_as_long() -> None:
+    async def main() -> None:
+        transport = Transport()
+        connection = connected(transport)
+        connection._stop_timer()  # as the first request did
+        connection.data_received(b"GET / HT")
+        await cut(transport)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("part", [b"x: 1\r\n" * 1000, b"x" * 6000])
+def test_headers_that_do_not_end_are_refused_before_they_fill_the_memory(part: bytes) -> None:
+    async def main() -> None:
+        transport = Transport()
+        connection = connected(transport)
+        connection.data_received(b"GET / HTTP/1.1\r\n")
+        for _ in range(MAX_HEAD_BYTES // len(part)):
+            connection.data_received(part)
+        assert transport.written == b""
+        connection.data_received(part)
+        assert transport.written.startswith(b"HTTP/1.1 400") and transport.is_cut
+        assert b"headers: are too long, expected at most 65536 bytes" in transport.written
 
     asyncio.run(main())
 

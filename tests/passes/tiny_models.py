@@ -54,6 +54,18 @@ CONFIGURATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": False, "use_sliding_window": False}),
     "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
     "mistral-at-rest": ("MistralForCausalLM", {**DECODER, "sliding_window": 6}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **DECODER,
+            "head_dim": 16,
+            "initializer_range": 0.3,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 10.0,
+        },
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0},

@@ -364,9 +364,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(args: Sequence[str]) -> str:
-    """Say what Ctrl-C means: what serves an artifact keeps nothing for a next time."""
+    """Say what Ctrl-C means: what serves an artifact, but for `batch`, keeps nothing for a next time."""
     serving = typer.main.get_command(serving_app)
-    keeps_nothing = bool(args) and args[0] in serving.commands  # type: ignore[attr-defined]
+    keeps_nothing = bool(args) and args[0] in serving.commands.keys() - {"batch"}  # type: ignore[attr-defined]
     return "interrupted" if keeps_nothing else "interrupted; the next run continues from here"
 
 

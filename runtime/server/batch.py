@@ -119,7 +119,7 @@ async def _run(
                 raise ServingError(f"{line.custom_id}: {body['error']['message']}")
             answer = {"status_code": status, "request_id": request_id, "body": body}
             whole = {"id": f"batch_{request_id}", "custom_id": line.custom_id, "response": answer, "error": None}
-            _write(output, json.dumps(whole, ensure_ascii=False).encode() + b"\n")
+            write_whole(output, json.dumps(whole, ensure_ascii=False).encode() + b"\n")
             progress.answered += 1
             progress.refused += status >= 400
             progress.output_tokens += body.get("usage", {}).get("completion_tokens", 0)
@@ -135,9 +135,18 @@ async def _run(
         os.fsync(output.fileno())
 
 
-def _write(output: BinaryIO, line: bytes) -> None:
-    while line:
-        line = line[output.write(line) :]
+def write_whole(output: BinaryIO, line: bytes) -> None:
+    """Write all of a line, whatever part the system takes at a time.
+
+    Raises:
+        ServingError: there is no room for it.
+    """
+    try:
+        while line:
+            line = line[output.write(line) :]
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ServingError(f"{output.name}: cannot be written, {reason}; make room and start the run again") from None
 
 
 async def _ask(app: ASGIApp, line: Line) -> tuple[int, str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.cli import _explain, main
+from optimizer.cli import _explain, _interrupted, main
 from optimizer.errors import CannotRun, CommandError, Mistake, RecipeError
 from passes.base import PassError
 from runtime.errors import ArtifactError, SamplingError
@@ -173,3 +173,8 @@ def test_clean_says_what_it_freed(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_verify_refuses_a_folder_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 4
     assert "manifest.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "is_kept"), [("batch", True), ("serve", False), ("bench", False), ("plan", True)])
+def test_ctrl_c_says_whether_the_next_run_goes_on(command: str, is_kept: bool) -> None:
+    assert ("the next run continues" in _interrupted([command])) == is_kept

@@ -118,6 +118,15 @@ def test_an_output_that_is_no_batch_is_left_alone(tmp_path: Path, old: str) -> N
     assert answers.read_text() == old + "\n"
 
 
+def test_a_full_disk_is_told_in_one_line() -> None:
+    from runtime.errors import ServingError
+    from runtime.server.batch import write_whole
+
+    told = "/dev/full: cannot be written, no space left on device; make room and"
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(ServingError, match=told):
+        write_whole(file, b"{}\n")
+
+
 def test_the_output_of_another_batch_is_left_alone(tmp_path: Path) -> None:
     from runtime.server.batch import BatchError, run_batch
 

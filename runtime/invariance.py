@@ -180,7 +180,8 @@ def _fill(session: DecoderSession, slot: int, tokens: int) -> None:
     """Write keys and values of a made-up sequence."""
     numbers = np.random.default_rng(slot).standard_normal(10_007, np.float32)
     for layer, array in enumerate(session.cache.view(slot, 1).values()):
-        array[0, :, :tokens] = np.resize(np.roll(numbers, layer), array[0, :, :tokens].shape)
+        written = np.resize(np.roll(numbers, layer), array[0, :, :tokens].shape)
+        array[0, :, :tokens] = written if array.dtype == np.float32 else np.clip(32 * written, -127, 127)
 
 
 def _tokens(session: DecoderSession, count: int) -> list[int]:

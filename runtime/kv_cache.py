@@ -11,7 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,43 +21,67 @@ from runtime.errors import SessionError
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; Python names it from 3.13 on
 
 
+class Side(NamedTuple):
+    """Keys or values of one layer.
+
+    Attributes:
+        heads: how many heads K they have.
+        width: E, of a head.
+        dtype: of a number: float32, or int8 where the graph holds scales.
+    """
+
+    heads: int
+    width: int
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+
+    @property
+    def head_bytes(self) -> int:
+        """Memory of one token in one head."""
+        return self.width * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Memory of one token in all heads."""
+        return self.heads * self.head_bytes
+
+
 class Memory(Protocol):
     """Bytes that read as zeros until they are written."""
 
-    floats: NDArray[np.float32]
+    cells: NDArray[np.uint8]
 
     def clear(self, start: int, stop: int) -> None:
-        """Make the floats from `start` to `stop` zeros again."""
+        """Make the bytes from `start` to `stop` zeros again."""
 
 
 class MappedMemory:
     """Reserved address space of Linux. What is cleared in whole pages goes back to the system."""
 
-    def __init__(self, floats: int) -> None:
+    def __init__(self, size: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._map = mmap.mmap(-1, 4 * floats, flags=flags)
+        self._map = mmap.mmap(-1, size, flags=flags)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._map.madvise(mmap.MADV_NOHUGEPAGE)  # 2 MiB for the first token of every head would break the budget
-        self.floats: NDArray[np.float32] = np.frombuffer(self._map, np.float32)
+        self.cells: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 
     def clear(self, start: int, stop: int) -> None:
-        """Give the pages of these floats back; they begin and end with a page."""
-        self._map.madvise(mmap.MADV_DONTNEED, 4 * start, 4 * (stop - start))
+        """Give these pages back; they are whole ones."""
+        self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 class PlainMemory:
     """Zeros of numpy, for systems without the above."""
 
-    def __init__(self, floats: int) -> None:
-        self.floats: NDArray[np.float32] = np.zeros(floats, np.float32)
+    def __init__(self, size: int) -> None:
+        self.cells: NDArray[np.uint8] = np.zeros(size, np.uint8)
 
     def clear(self, start: int, stop: int) -> None:
         """Write zeros."""
-        self.floats[start:stop] = 0
+        self.cells[start:stop] = 0
 
 
 class KVBuffers:
-    """The keys and values of all slots: `[slots, K, capacity, E]` float32 for each layer and side.
+    """The keys and values of all slots: `[slots, K, capacity, E]` for each layer and side.
 
     Attributes:
         slots: how many sequences there is room for.
@@ -68,7 +92,7 @@ class KVBuffers:
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, int]],
+        sides: Mapping[str, Side],
         *,
         slots: int,
         capacity: int,
@@ -77,31 +101,31 @@ class KVBuffers:
         """Reserve the buffers.
 
         Args:
-            shapes: name of a layer's side -> its heads K and their width E.
+            sides: what there is of each layer, by name.
             slots: how many sequences.
             capacity: most tokens of one sequence.
-            memory: makes zeros, given the number of floats.
+            memory: makes zeros, given the number of bytes.
 
         Raises:
             SessionError: the system has no room for them.
         """
-        floats = {name: heads * width for name, (heads, width) in shapes.items()}
+        page = mmap.PAGESIZE
         self.slots = slots
-        self.granule = math.lcm(*(mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, 4 * width) for _, width in shapes.values()))
+        self.granule = math.lcm(*(page // math.gcd(page, side.head_bytes) for side in sides.values()))
         self.capacity = -(-capacity // self.granule) * self.granule
-        self.token_bytes = 4 * sum(floats.values())
+        self.token_bytes = sum(side.token_bytes for side in sides.values())
         try:
-            self._memory = {name: memory(slots * self.capacity * each) for name, each in floats.items()}
+            self._memory = {name: memory(slots * self.capacity * side.token_bytes) for name, side in sides.items()}
         except (MemoryError, OSError, OverflowError):
             needed = slots * self.capacity * self.token_bytes >> 20
             asked = f"{slots} x {capacity} tokens" if slots > 1 else f"{capacity} tokens"
             raise SessionError(f"capacity: {asked} need {needed} MiB of cache; ask for a smaller context") from None
         self._arrays = {
-            name: self._memory[name].floats.reshape(slots, heads, self.capacity, width)
-            for name, (heads, width) in shapes.items()
+            name: self._memory[name].cells.view(side.dtype).reshape(slots, side.heads, self.capacity, side.width)
+            for name, side in sides.items()
         }
 
-    def view(self, first: int, count: int) -> dict[str, NDArray[np.float32]]:
+    def view(self, first: int, count: int) -> dict[str, NDArray[Any]]:
         """Return `[count, K, capacity, E]` of each layer's sides: slots `first` and after, not copied."""
         return {name: array[first : first + count] for name, array in self._arrays.items()}
 
@@ -114,5 +138,5 @@ class KVBuffers:
     def free(self, slot: int) -> None:
         """Give a slot's memory back; it reads as zeros until it is written again."""
         for name, memory in self._memory.items():
-            size = self._arrays[name][0].size
+            size = self._arrays[name][0].nbytes
             memory.clear(slot * size, (slot + 1) * size)

@@ -18,12 +18,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import SessionError
-from runtime.kv_cache import KVBuffers
+from runtime.kv_cache import KVBuffers, Side
 from runtime.processor import int8_sums_may_overflow
 from runtime.threads import default_threads
 
 _PAST: Final = re.compile(r"past\.(\d+)\.(key|value)")
 _SPIN_US: Final = "20"  # how long a thread waits awake for the next operator; onnxruntime's own is above a millisecond
+_CACHE_TYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(int8)": np.dtype(np.int8),
+}
 _SMALL: Final = ("input_ids", "seqlens_k", "total_sequence_length", "logits_positions")
 _ENCODER: Final = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -72,13 +76,13 @@ class _Signature:
 
     Attributes:
         small: its inputs beside the cache.
-        cache: `LAYER.key` and `LAYER.value` -> heads and head width, which may differ from layer to layer.
+        cache: `LAYER.key` and `LAYER.value` -> their form, which may differ from layer to layer.
         vocabulary: width of its logits.
         takes_batches: whether rows of different lengths may share a run.
     """
 
     small: tuple[str, ...]
-    cache: Mapping[str, tuple[int, int]]
+    cache: Mapping[str, Side]
     vocabulary: int
     takes_batches: bool
 
@@ -124,7 +128,7 @@ class DecoderSession:
         self.capacity = capacity
         self.slots = slots
         self.layers = self._signature.layers
-        self.heads, self.head_width = self._signature.cache["0.key"]
+        self.heads, self.head_width, _ = self._signature.cache["0.key"]
         self.vocabulary = self._signature.vocabulary
         rows = slots + slots % 2 if slots > 1 else 1  # an odd number of slots has one more, for dummy rows alone
         self.cache = KVBuffers(self._signature.cache, slots=rows, capacity=capacity)
@@ -207,7 +211,7 @@ class _Binding:
     """An IOBinding of B slots with its small inputs and logits; the cache stays bound while the lengths change."""
 
     def __init__(
-        self, session: Any, small: Sequence[str], cache: Mapping[str, NDArray[np.float32]], logits: NDArray[np.float32]
+        self, session: Any, small: Sequence[str], cache: Mapping[str, NDArray[Any]], logits: NDArray[np.float32]
     ) -> None:
         self._session, self._small = session, small
         self._binding = session.io_binding()
@@ -282,12 +286,13 @@ def _decoder_signature(path: Path, session: Any) -> _Signature:
         raise SessionError(f"{path}: unknown input {unknown[0]!r}, expected {', '.join(_SMALL)}; export it again")
     if missing := sorted({"input_ids", "logits_positions"} - set(others)):
         raise SessionError(f"{path}: lacks the input {missing[0]}; export it again")
-    if wrong := [name for name, item in past.items() if item.type != "tensor(float)"]:
-        raise SessionError(f"{path}: {wrong[0]}: got {past[wrong[0]].type}, expected a float32 cache")
+    if wrong := [name for name, item in past.items() if item.type not in _CACHE_TYPES]:
+        raise SessionError(f"{path}: {wrong[0]}: got {past[wrong[0]].type}, expected {' or '.join(_CACHE_TYPES)}")
     vocabulary = outputs["logits"].shape[-1]
-    cache = {name: (past[f"past.{name}"].shape[1], past[f"past.{name}"].shape[3]) for name in sorted(names)}
-    if not all(isinstance(size, int) for size in (vocabulary, *(size for sizes in cache.values() for size in sizes))):
-        got = [*cache["0.key"], vocabulary]
+    items = {name: past[f"past.{name}"] for name in sorted(names)}
+    cache = {name: Side(item.shape[1], item.shape[3], _CACHE_TYPES[item.type]) for name, item in items.items()}
+    if not all(isinstance(size, int) for size in (vocabulary, *(size for side in cache.values() for size in side[:2]))):
+        got = [*cache["0.key"][:2], vocabulary]
         raise SessionError(f"{path}: got heads, head width, vocabulary {got}, expected fixed sizes; export it again")
     takes_batches = not isinstance(past["past.0.key"].shape[0], int)  # one row has its 1 written out, any number a name
     return _Signature(tuple(others), cache, vocabulary, takes_batches)

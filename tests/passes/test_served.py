@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from tiny_models import EXPORT, Workshop
@@ -17,8 +18,9 @@ from passes.fuse_norm import FuseNorm
 from passes.quantize_rtn import QuantizeRtn
 from runtime.artifact import verify
 from runtime.engine import Engine
+from runtime.errors import SessionError
 from runtime.generation import TextGenerator
-from runtime.invariance import examine
+from runtime.invariance import Found, examine
 from runtime.sampler import SamplingParams
 from runtime.session import DecoderSession
 from runtime.tokenizer import Tokenizer
@@ -32,9 +34,8 @@ CHAIN = (EXPORT, FuseGqa(), FuseNorm())
 def changed(folder: Path, change: Callable[[ir.Node], None]) -> Path:
     """Write the tests' decoder with its attention nodes changed; return the path of the graph."""
     model = ir.load(ARTIFACT / GRAPH)
-    for node in model.graph:
-        if node.op_type == "GroupQueryAttention":
-            change(node)
+    for node in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
+        change(node)
     ir.save(model, folder / GRAPH)
     shutil.copy(ARTIFACT / DATA, folder)
     return folder / GRAPH
@@ -61,6 +62,23 @@ def cap(node: ir.Node) -> None:
     node.attributes["softcap"] = ir.AttrFloat32("softcap", 1.0)
 
 
+def store_bytes(node: ir.Node) -> None:
+    """Keep keys and values in int8, with a scale for each channel."""
+    node.resize_inputs(14)
+    for at, kind, scale in ((12, "k", 0.05), (13, "v", 0.025)):  # the largest numbers are about 6 and 3
+        name = f"{node.outputs[0].name}.{kind}_scale"
+        scales = ir.tensor(np.full((1, 2, 1, 16), scale, np.float32), name=name)
+        value = ir.Value(name=name, shape=scales.shape, type=ir.TensorType(scales.dtype), const_value=scales)
+        assert node.graph is not None
+        node.graph.register_initializer(value)
+        node.replace_input_with(at, value)
+        node.attributes[f"{kind}_quant_type"] = ir.AttrString(f"{kind}_quant_type", "PER_CHANNEL")
+    node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+    for cache in (*node.inputs[3:5], *node.outputs[1:3]):
+        assert cache is not None
+        cache.dtype = ir.DataType.INT8
+
+
 def keep(node: ir.Node) -> None:
     pass
 
@@ -72,6 +90,31 @@ def test_windows_and_caps_are_answered_as_alone_and_change_the_answers(tmp_path:
         found[change] = answers(graph, together=True)
         assert found[change] == answers(graph, together=False)
     assert found[keep] != found[window] != found[cap]
+
+
+def test_a_cache_of_bytes_takes_a_quarter_and_keeps_every_bit_of_an_answer(tmp_path: Path) -> None:
+    floats = DecoderSession(changed(tmp_path, keep), capacity=CONTEXT, threads=1)
+    want = floats.run(PROMPTS[2]).copy()
+    graph = changed(tmp_path, store_bytes)
+    session = DecoderSession(graph, capacity=CONTEXT, threads=1, slots=8)
+    assert 4 * session.cache.token_bytes == floats.cache.token_bytes
+    assert {array.dtype for array in session.cache.view(0, 8).values()} == {np.dtype(np.int8)}
+    error = abs(session.run(PROMPTS[2]) - want).max()
+    assert 0 < error < 0.2 * abs(want).max()  # 0.095: half a step of 0.05 in keys of up to 6, and weights drawn wide
+    assert answers(graph, together=True) == answers(graph, together=False)
+    assert examine(session) == Found(even_rows=True, odd_rows=True, chunks=True, phases=True)
+
+
+def test_a_cache_of_another_type_is_refused(tmp_path: Path) -> None:
+    def store_halves(node: ir.Node) -> None:
+        store_bytes(node)
+        for cache in (*node.inputs[3:5], *node.outputs[1:3]):
+            cache.dtype = ir.DataType.UINT8
+
+    with pytest.raises(
+        SessionError, match=r"past\.0\.\w+: got tensor\(uint8\), expected tensor\(float\) or tensor\(int8\)"
+    ):
+        DecoderSession(changed(tmp_path, store_halves), capacity=CONTEXT)
 
 
 @pytest.mark.slow

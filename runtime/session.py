@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.errors import SessionError
+from runtime.huge_pages import huge_pages
 from runtime.kv_cache import KVBuffers, Side
 from runtime.processor import int8_sums_may_overflow
 from runtime.threads import default_threads
@@ -51,7 +52,8 @@ def open_graph(model: str | os.PathLike[str], threads: int | None = None) -> Any
     if int8_sums_may_overflow():
         options.add_session_config_entry("session.x64quantprecision", "1")  # unsigned weights: slower, and exact
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        with huge_pages():
+            return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes share no base but Exception
         raise SessionError(f"{path}: onnxruntime refuses the graph: {_first_line(error)}") from None
 

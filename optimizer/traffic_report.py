@@ -13,6 +13,7 @@ from runtime.traffic.metrics import Cost, Quantiles
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 280, 160, 60, 50, 70  # of a panel of the drawing and around it, in pixels
 _MARKS = (50, 90, 99)
+_LINE = 14  # pixels of a line of text
 
 
 def lines(done: Bench) -> Iterator[str]:
@@ -133,12 +134,20 @@ def _panel(place: int, name: str, values: Sequence[float]) -> Iterator[str]:
         for percent in range(101)
     )
     yield f'<polyline points="{" ".join(points)}" fill="none" stroke="#3b6ea5" stroke-width="2"/>'
-    for mark in _MARKS:
+    last = -math.inf
+    for mark in reversed(_MARKS):
         x, value = left + _WIDTH * mark / 100, _quantile(values, mark)
         y = top + _HEIGHT * (1 - value / most)
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#3b6ea5"/>'
         label = f"p{mark} {value:.{_decimals(value)}f}"
-        yield f'<text x="{x - 5:.1f}" y="{y - 5:.1f}" text-anchor="end">{label}</text>'
+        last = _line_of_label(y, top, last)
+        yield f'<text x="{x - 5:.1f}" y="{last:.1f}" text-anchor="end">{label}</text>'
+
+
+def _line_of_label(y: float, top: float, last: float) -> float:
+    """Return where the label of a point at y is written: above it, or below where the frame or the last label is."""
+    above = y - 5
+    return above if above >= max(top, last) + _LINE else max(y, last) + _LINE
 
 
 def _quantile(values: Sequence[float], percent: float) -> float:

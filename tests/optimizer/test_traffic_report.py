@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -88,6 +89,23 @@ def test_the_drawing_has_a_panel_for_each_latency() -> None:
     assert [text.split(",")[0] for text in texts if "by percent" in text] == ["TTFT", "TPOT", "ITL", "E2E"]
     assert "p50 750.0" in texts and "p99 995.0" in texts  # as in the table
     assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) == 4
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 1.0, 1.0), (0.1, 0.1, 2.0), (1.0, 1.9, 2.0)])
+def test_labels_keep_within_their_panel_and_off_each_other(seconds: tuple[float, ...]) -> None:
+    records = tuple(Record(at, 0.0, 0.0, end, (end,), 1, 1, 1) for at, end in enumerate(seconds))
+    root = ElementTree.fromstring(svg(bench(requests=records)))
+    for rect in list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]:
+        left, top = float(rect.attrib["x"]), float(rect.attrib["y"])
+        lines_of = [
+            float(text.attrib["y"]) - top
+            for text in root.iter("{http://www.w3.org/2000/svg}text")
+            if (text.text or "").startswith(("p50 ", "p90 ", "p99 "))
+            and 0 < float(text.attrib["x"]) - left < 280
+            and 0 < float(text.attrib["y"]) - top + 20 < 220
+        ]
+        assert len(lines_of) == 3 and min(lines_of) >= 12 and max(lines_of) <= 160
+        assert min(b - a for a, b in pairwise(sorted(lines_of))) >= 12  # pixels of a font of 12
 
 
 LOAD = ["--threads", "1", "--requests", "4", "--input-tokens", "4", "--output-tokens", "3", "--warm-up", "1"]

@@ -276,6 +276,16 @@ def test_a_command_line_that_makes_no_sense_exits_with_2(
         assert message in capsys.readouterr().err
 
 
+def test_without_the_extra_one_line_says_what_to_install(
+    decoder_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("runtime.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", str(decoder_folder)]) == 4
+    assert capsys.readouterr().err == "fastapi is not installed; run: pip install 'optimize-models[serve]'\n"
+
+
 class Process:
     """`optimize serve` as a process of its own, at a free port."""
 
@@ -305,7 +315,7 @@ class Process:
 
 
 def test_sigterm_ends_streams_validly_and_the_process_well(decoder_folder: Path) -> None:
-    with Process(decoder_folder, "--slots", "1", "--drain-s", "0.3") as served:
+    with Process(decoder_folder, "--slots", "1", "--drain-s", "2") as served:
         assert served.line.startswith("serving m at http://127.0.0.1:") and "1 slot, context 128 tokens" in served.line
         body = {"prompt": "the", "max_tokens": 100, "n": 256, "ignore_eos": True, "stream": True}
         with httpx2.stream("POST", f"{served.url}/v1/completions", json=body, headers=BEARER, timeout=30) as response:

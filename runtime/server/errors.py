@@ -92,6 +92,8 @@ async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
 async def answer_http_error(_: Request, error: Exception) -> JSONResponse:
     """Answer for routes and methods that are not there."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # what FastAPI says of a body that no parser takes
+        return ApiError(400, "body: cannot be read, expected JSON in UTF-8").response()
     return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
 

@@ -113,8 +113,11 @@ class Service:
         """
         if name is None:
             fitting = [each for each, served in self.models.items() if served.manifest.kind in kinds]
-            if len(fitting) != 1:
-                raise ApiError(400, f"model: is missing, expected one of {self._names()}", param="model")
+            if not fitting:
+                text = f"model: none of those served here is of the kind {' or '.join(sorted(kinds))}"
+                raise ApiError(400, text, param="model")
+            if len(fitting) > 1:
+                raise ApiError(400, f"model: is missing, expected one of {', '.join(fitting)}", param="model")
             name = fitting[0]
         served = self.models.get(name)
         if served is None:

@@ -120,6 +120,17 @@ def test_a_template_may_have_variables_of_any_name_but_messages(client: Any) -> 
     assert chat(client, chat_template_kwargs={"self": "x", "variables": 1, "": True}).status_code == 200
 
 
+@pytest.mark.parametrize("content", [b'{"prompt": "\xff"}', b'{"max_tokens": ' + b"9" * 5000 + b"}"])
+def test_a_body_that_cannot_be_read_is_told(client: Any, content: bytes) -> None:
+    response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert refused(response) == (None, "body: cannot be read, expected JSON in UTF-8")
+
+
+def test_a_model_that_nobody_named_is_one_that_can(client: Any) -> None:
+    response = client.post("/v1/embeddings", json={"input": "x"})
+    assert refused(response) == ("model", "model: none of those served here is of the kind embedder")
+
+
 def test_half_a_character_is_told_written_out(client: Any) -> None:
     content = b'{"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]}'
     response = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})

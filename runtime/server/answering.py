@@ -219,11 +219,15 @@ class Answering(Response):
             assert reason is not None
             choice.tokens = sum(len(piece.token_ids) for piece in pieces)
             answers.append(Answered(pieces, reason, choice.ticket.completion))
-        content = self._shape.whole(answers, self._usage())
-        body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        body = await self._service.read(lambda: self._written(answers))
         length = str(len(body)).encode()
         await self._start(send, [(b"content-type", b"application/json"), (b"content-length", length)])
         await send({"type": "http.response.body", "body": body})
+
+    def _written(self, answers: Sequence[Answered]) -> bytes:
+        """Return the body of the whole; on a thread, for logprobs of many tokens take seconds."""
+        content = self._shape.whole(answers, self._usage())
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def _send_stream(self, send: Send) -> None:
         await self._start(send, [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")])

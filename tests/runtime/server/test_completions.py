@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from runtime.generation import TextGenerator
+from runtime.server.completions import CompletionShape
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 HI = [{"role": "user", "content": "hi"}]
@@ -197,3 +199,16 @@ def test_models_tell_what_they_can(client: Any) -> None:
     assert {"id": "artifact-v1", "object": "model", "kind": "decoder", "max_model_len": 128}.items() <= model.items()
     assert set(model["determinism"]) == {"rows", "chunks", "phases"}
     assert len(model["digest"]) == 64 and model["vocabulary"] == 288 and model["slots"] == 4
+
+
+def test_a_whole_answer_is_written_beside_the_event_loop(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    whole = CompletionShape.whole
+
+    def watched(self: CompletionShape, *args: Any) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return whole(self, *args)
+
+    monkeypatch.setattr(CompletionShape, "whole", watched)
+    ask(client, max_tokens=3, logprobs=2)
+    assert len(threads) == 1 and threads[0].startswith("reader")

@@ -237,9 +237,8 @@ class Scheduler:
         place = self._slots[step.slot]
         assert place is not None
         place.past += step.tokens
-        if (
-            isinstance(step, Prefill) or step.tokens == self._copied
-        ):  # a shorter copy goes with the chunk that follows it
+        is_short = isinstance(step, Copy) and step.tokens < self._copied
+        if not is_short:  # a short copy goes with the chunk that follows it
             self._decoded_last = False
             self._favours_oldest = not self._favours_oldest
         if isinstance(step, Prefill) and step.is_last:
@@ -258,13 +257,10 @@ class Scheduler:
     def _read(self, is_awaited: bool) -> Prefill | Copy:
         """Return the next chunk: by turns of the prompt with the fewest tokens left and of the oldest.
 
-        So a short prompt need not wait for a long one, and the long one goes on all the same. Of the requests of a
-        group only the first is read: what it has read the others can copy.
+        So a short prompt need not wait for a long one, and the long one goes on all the same.
         """
-        firsts: dict[_Place | int, _Place] = {}
-        for each in self._reading:
-            firsts.setdefault(each if each.group is None else each.group, each)
-        place = self._reading[0] if self._favours_oldest else min(firsts.values(), key=lambda each: each.left)
+        ready = self._ready()
+        place = ready[0] if self._favours_oldest else min(ready, key=lambda each: each.left)
         if place not in self._slots:
             self._slots[self._slots.index(None)] = place
         slot = self._slots.index(place)
@@ -275,18 +271,25 @@ class Scheduler:
         tokens = next_chunk(place.left, most)
         return Prefill(place.request, slot, place.past, tokens, is_last=tokens == place.left)
 
+    def _ready(self) -> list[_Place]:
+        """Return the prompts that may be read, the oldest first: of a group its first, which the others can copy."""
+        firsts: dict[_Place | int, _Place] = {}
+        for place in self._reading:
+            firsts.setdefault(place if place.group is None else place.group, place)
+        return list(firsts.values())
+
     def _move(self, first: int, last: int) -> Move | None:
         """Return the move of the highest live sequence into the lowest hole between the live ones, if it is to be.
 
-        A hole is left to a request that has no slot yet, and a sequence that is too long to be copied at once stays. No
-        token waits for more than one move.
+        As many holes are left as prompts are about to take a slot, and a sequence that is too long to be copied at once
+        stays. No token waits for more than one move.
         """
         place = self._slots[last]
-        hole = next((slot for slot in range(first, last) if self._slots[slot] is None), None)
-        is_awaited = any(each not in self._slots for each in self._reading)
-        if place is None or hole is None or is_awaited or self._moved_last or place.past > self._copied:
+        holes = [slot for slot in range(first, last) if self._slots[slot] is None]
+        wanted = sum(each not in self._slots for each in self._ready())
+        if place is None or len(holes) <= wanted or self._moved_last or place.past > self._copied:
             return None
-        return Move(place.request, hole, last, place.past)
+        return Move(place.request, holes[0], last, place.past)
 
     def _decode(self, first: int, last: int) -> Decode:
         if self._even_rows and (last - first) % 2 == 0:

@@ -100,6 +100,19 @@ def test_two_holes_take_two_moves_with_a_token_between() -> None:
     ]
 
 
+def test_a_hole_is_not_left_to_requests_that_wait_for_a_copy() -> None:
+    subject = scheduler(slots=5)
+    for request in range(3):
+        subject.add(request, prompt=1, new=50)
+    for _ in range(6):
+        run(subject)
+    for request in (3, 4):
+        subject.add(request, prompt=20, new=50, group=3)
+    assert run(subject) == Prefill(3, slot=3, past=0, tokens=4, is_last=False)
+    assert subject.remove(1) == 1
+    assert run(subject) == Move(2, slot=1, source=2, tokens=2)
+
+
 def test_a_hole_is_left_to_a_request_that_has_no_slot_yet() -> None:
     subject = scheduler(slots=3)
     for request in range(3):
@@ -375,12 +388,14 @@ class Serving(RuleBasedStateMachine):
         assert [self.cells[slot].get(at) for at in range(past)] == [request] * past
 
     def require_no_hole(self, step: Decode) -> None:
-        """Only slots of prompts that are read run as dummy rows, unless the highest sequence could not move yet."""
+        """Only slots of prompts read now or next run as dummy rows, unless the highest sequence could not move yet."""
         slots = [self.place[request] for request in self.made]
         holes = set(range(min(slots), max(slots))) - set(self.place.values())
         highest = max(self.made, key=lambda request: self.place[request])
         is_long = self.asked[highest][0] + self.made[highest] - 1 > self.copied
-        assert not holes or is_long or self.moved_last or len(self.place) < len(self.admitted)
+        unplaced = {self.group[request] for request in set(self.admitted) - set(self.place)}
+        unplaced -= {self.group[request] for request in set(self.place) - set(self.made)}  # they wait to copy those
+        assert len(holes) <= len(unplaced) or is_long or self.moved_last
 
     def require_fair_admission(self) -> None:
         """Who came first is in, all who fit, and nobody else."""

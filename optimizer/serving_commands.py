@@ -336,7 +336,7 @@ def serve(
 
     from runtime.server.app import create_app
     from runtime.server.loading import EngineOptions, load, named
-    from runtime.server.run import run
+    from runtime.server.run import bind, run
     from runtime.server.settings import Settings, read_api_keys
 
     if digest is not None and len(folders) > 1:
@@ -347,7 +347,7 @@ def serve(
         api_keys=read_api_keys(api_key_file, os.environ.get("OPTIMIZE_API_KEYS", "")),
         allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()),
-        queue_requests=queue,
+        queue=queue,
         queue_tokens=queue_tokens,
         timeout_s=timeout_s,
         drain_s=drain_s,
@@ -356,6 +356,7 @@ def serve(
     options = EngineOptions(
         slots=slots, kv_memory=_size(kv_memory), context=context, threads=threads, max_stall_ms=max_stall_ms
     )
+    bound = bind(settings)  # before minutes of loading
     served = {name: load(folder, options, digest) for name, folder in named(folders).items()}
 
     def announce(address: str) -> None:
@@ -363,7 +364,7 @@ def serve(
             typer.echo(f"serving {name} at {address}: {each.described}")
         sys.stdout.flush()
 
-    run(create_app(served, settings), settings, announce)
+    run(create_app(served, settings), settings, bound, announce)
     return ExitCode.PASS
 
 

@@ -25,7 +25,7 @@ from runtime.errors import SamplingError, SessionError
 from runtime.gumbel import noise_key, race
 
 _MOST_SEED: Final = 2**64 - 1
-_MIN_TEMPERATURE: Final = 1e-3
+LEAST_TEMPERATURE: Final = 1e-3
 
 
 def _require(name: str, value: float, holds: bool, expected: str) -> None:
@@ -63,7 +63,7 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        hot = _MIN_TEMPERATURE <= self.temperature <= 100
+        hot = LEAST_TEMPERATURE <= self.temperature <= 100
         _require("temperature", self.temperature, self.temperature == 0 or hot, "0 (greedy) or 0.001 to 100")
         _require("top_k", self.top_k, self.top_k >= 0, "an integer of at least 0 (0: all tokens)")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")

@@ -41,7 +41,7 @@ class Admission:
         """
         if self.is_draining:
             raise self.refusal()
-        limit = self._settings.queue_requests
+        limit = self._settings.queue
         if self.waiting and self.waiting + requests > limit:
             text = f"queue: {self.waiting} requests wait, expected at most {limit} with this one; ask again later"
             raise ApiError(429, text, code="queue_full", headers=self._retry(self.waiting + requests - limit))

@@ -99,7 +99,7 @@ def run_batch(
         done = _answered(answers, output, ids)
         progress = Progress(len(ids), len(done))
         left = (line for line in read_lines(requests) if line.custom_id not in done)
-        settings = Settings(queue_requests=_UNBOUNDED, queue_tokens=_UNBOUNDED, timeout_s=_LONG_S)
+        settings = Settings(queue=_UNBOUNDED, queue_tokens=_UNBOUNDED, timeout_s=_LONG_S)
         asyncio.run(_run(create_app(models, settings), left, output, at_once, progress, told))
     return progress
 

@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from runtime.logprobs import MOST_LOGPROBS
 from runtime.request import Options
-from runtime.sampler import SamplingParams
+from runtime.sampler import LEAST_TEMPERATURE, SamplingParams
 from runtime.server.errors import ApiError
 from runtime.server.settings import MAX_CHOICES, MAX_TEXTS
 
@@ -166,8 +166,9 @@ class Generation(Body):
             given = getattr(self, name)
             return defaults.get(name, otherwise) if given is None else given
 
+        temperature = choose("temperature", 1.0)
         return SamplingParams(
-            temperature=choose("temperature", 1.0),
+            temperature=0.0 if 0 < temperature < LEAST_TEMPERATURE else temperature,  # as good as greedy, and meant so
             top_k=max(choose("top_k", 0), 0),
             top_p=choose("top_p", 1.0),
             min_p=choose("min_p", 0.0),

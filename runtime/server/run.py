@@ -30,19 +30,16 @@ _LOOK_S: Final = 0.05
 _LAST_WORDS_S: Final = 5.0  # for answers that were ended to be written
 
 
-def run(app: FastAPI, settings: Settings, announce: Callable[[str], None]) -> None:
+def run(app: FastAPI, settings: Settings, bound: socket.socket, announce: Callable[[str], None]) -> None:
     """Serve until a signal comes; return once all is ended.
 
     Args:
         app: of `create_app`.
         settings: the same as the application's.
-        announce: called with the server's address once it listens.
-
-    Raises:
-        SettingsError: it cannot listen there.
+        bound: where it listens, of `bind`.
+        announce: called with the server's address once it does.
     """
     log.set_up()
-    bound = bind(settings)
     server_of(app, settings, lambda: announce(_address(bound))).run([bound])
 
 

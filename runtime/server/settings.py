@@ -24,7 +24,7 @@ class Settings:
         allow_hosts: names, beside IP addresses, localhost and `host`, that a request may call the server by; `*` any.
         allow_origins: web origins whose pages may ask, beside the server's own.
         max_body_bytes: of a request.
-        queue_requests: most requests that may wait for their first token.
+        queue: most requests that may wait for their first token.
         queue_tokens: most tokens of their prompts together.
         timeout_s: after so long an answer ends where it is.
         drain_s: how long running answers may go on once the server was told to end.
@@ -38,7 +38,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     max_body_bytes: int = 4 << 20
-    queue_requests: int = 256
+    queue: int = 256
     queue_tokens: int = 1 << 18
     timeout_s: float = 600.0
     drain_s: float = 30.0
@@ -46,7 +46,7 @@ class Settings:
     dollars_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "queue_requests", "queue_tokens", "timeout_s", "slow_reader_s"):
+        for name in ("max_body_bytes", "queue", "queue_tokens", "timeout_s", "slow_reader_s"):
             value = getattr(self, name)
             if not value > 0:
                 raise SettingsError(f"{name}: got {value}, expected more than 0")

@@ -142,7 +142,9 @@ def require_room(folder: Path, manifest: Manifest, most_tokens: int) -> None:
     """
     if most_tokens > manifest.context_length:
         limit = f"the context of {manifest.context_length}"
-        raise LoadError(f"{folder}: got up to {most_tokens} tokens, expected at most {limit}; lower --input-tokens")
+        raise LoadError(
+            f"{folder}: got up to {most_tokens} tokens, expected at most {limit}; lower --input-tokens, --output-tokens"
+        )
 
 
 def weight_bytes(folder: Path, manifest: Manifest) -> int:

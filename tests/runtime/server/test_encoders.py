@@ -283,7 +283,7 @@ def test_a_client_that_leaves_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_full_queue_says_when_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(monkeypatch, queue_requests=1)
+    held = Held(monkeypatch, queue=1)
 
     async def work() -> None:
         first = asyncio.create_task(held.request())

@@ -166,7 +166,7 @@ def test_a_public_address_needs_a_key() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
 
 
-@pytest.mark.parametrize("name", ["max_body_bytes", "queue_requests", "queue_tokens", "timeout_s", "slow_reader_s"])
+@pytest.mark.parametrize("name", ["max_body_bytes", "queue", "queue_tokens", "timeout_s", "slow_reader_s"])
 def test_settings_that_let_nothing_through_are_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}: got 0, expected more than 0"):
         dataclasses.replace(Settings(), **{name: 0})

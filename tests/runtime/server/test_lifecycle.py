@@ -174,7 +174,7 @@ def test_a_full_queue_sends_away_with_a_time_to_come_again(play: Any) -> None:
         server.let(1000)
         assert [(await visit.end())[0] for visit in (first, *waiting)] == [200, 200, 200]
 
-    play(scene, queue_requests=2)
+    play(scene, queue=2)
 
 
 def test_long_prompts_fill_the_queue_sooner_but_one_alone_may_always_wait(play: Any) -> None:
@@ -197,7 +197,7 @@ def test_answers_of_one_request_count_each(play: Any) -> None:
         server.let(1000)
         assert (await visit.end())[0] == 200
 
-    play(scene, queue_requests=3)
+    play(scene, queue=3)
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

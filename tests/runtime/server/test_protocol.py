@@ -229,6 +229,7 @@ def test_what_is_not_said_is_as_the_model_s_own_file_has_it_or_as_openai_does(tm
     body = ChatBody(messages=HI, seed=-1, top_p=0.5)
     assert body.sampling(defaults) == SamplingParams(temperature=0.6, top_k=20, top_p=0.5, seed=2**64 - 1)
     assert body.sampling({}) == SamplingParams(temperature=1.0, top_p=0.5, seed=2**64 - 1)
+    assert body.model_copy(update={"temperature": 1e-9}).sampling({}).temperature == 0  # as some write greedy
     assert ChatBody(messages=HI, top_k=-1, seed=0).sampling(defaults).top_k == 0
     assert ChatBody(messages=HI).sampling({}).seed != ChatBody(messages=HI).sampling({}).seed
     for broken in ("[]", "{", '{"temperature": "hot"}', '{"temperature": -1}'):

@@ -306,7 +306,10 @@ def serve(
     kv_memory: KVMemory = None,
     context: Annotated[int | None, typer.Option(min=1, help="Most tokens of a prompt and its answer.")] = None,
     max_stall_ms: Annotated[
-        float, typer.Option(metavar="MS", help="Longest a piece of a prompt keeps other answers waiting.")
+        float,
+        typer.Option(
+            metavar="MS", help="Longest a piece of a prompt keeps other answers waiting; four pieces at most."
+        ),
     ] = 60.0,
     threads: Threads = None,
     api_key_file: Annotated[

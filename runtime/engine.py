@@ -126,7 +126,8 @@ class Engine:
                 all that the slots can hold.
             context: most tokens of one prompt and its answer; None takes all that the model can.
             threads: threads per operator; None takes what this process was given.
-            max_stall_ms: how long a chunk of one prompt may keep the other answers from their next token.
+            max_stall_ms: how long a chunk of one prompt may keep the other answers from their next token; when several
+                prompts are being read, a chunk of each, of four at most, comes before it.
             exact: answers do not depend on what else runs, to the last bit, where that takes an even number of rows:
                 odd numbers get a dummy row. It costs as much as one more request: most, 1.07 to 1.3 times, where one
                 runs alone. Where kernels need no such care, or `slots` is 1, it costs nothing.

@@ -1,8 +1,9 @@
 """Which requests run next, and where: integers only, no tensors, so that integers can test it.
 
-A step is either one chunk of one prompt or one token for all that are past theirs. The two alternate while there is
-work for both: a stream waits for one chunk at most before its next token, and a prompt for one token. Requests of a
-group have the same prompt: one of them reads it, the others copy it from a slot that holds it, but for its last tokens.
+A step is either one chunk of one prompt or one token for all that are past theirs. The two take turns while there is
+work for both: before its next token a stream waits for one chunk of each prompt that is being read, of `CHUNKS` at
+most, and a prompt for one token. Requests of a group have the same prompt: one of them reads it, the others copy it
+from a slot that holds it, but for its last tokens.
 
 Tokens are decoded at once for all slots from the lowest to the highest that is past its prompt. A slot between them
 that holds no such request runs as a dummy row, whose token is written into the cache like any other. It does no harm: a
@@ -17,9 +18,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from runtime.errors import PromptError
 from runtime.pace import MOST_TOKENS, next_chunk
+
+CHUNKS: Final = 4
+"""Most prompts that have a chunk each between two tokens of a stream."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ class Scheduler:
         chunk: Callable[[int], int],
         copied: int,
         even_rows: bool = False,
+        chunks: int = CHUNKS,
     ) -> None:
         """Begin with nothing to do.
 
@@ -152,13 +158,15 @@ class Scheduler:
             chunk: most tokens of a prompt to run after so many while others wait for it: even, and at least 4.
             copied: most tokens to copy at once: even, and at least 2.
             even_rows: decode even numbers of rows only. Then the slot after the last may run as a dummy row too.
+            chunks: most chunks between two tokens of a stream, one of each prompt that is being read.
         """
         self._budget, self._granule, self._chunk, self._copied = budget, granule, chunk, copied
         self._queue: deque[_Place] = deque()
         self._slots: list[_Place | None] = [None] * slots
         self._reading: list[_Place] = []  # admitted, their prompts not read to the end, in order
         self._even_rows = even_rows
-        self._decoded_last = True
+        self._most_chunks = chunks
+        self._chunks = 0  # since the last decode
         self._favours_oldest = False
         self._moved_last = False
 
@@ -216,7 +224,7 @@ class Scheduler:
         """Admit whom there is room for; return what to run next, None when there is nothing."""
         self._admit()
         decoding = [slot for slot, place in enumerate(self._slots) if place and not place.left]
-        if self._reading and (self._decoded_last or not decoding):
+        if self._reading and (not decoding or self._chunks < min(len(self._ready()), self._most_chunks)):
             return self._read(is_awaited=bool(decoding))
         if not decoding:
             return None
@@ -229,7 +237,7 @@ class Scheduler:
             self._slots[step.slot], self._slots[step.source] = self._slots[step.source], None
             return
         if isinstance(step, Decode):
-            self._decoded_last = True
+            self._chunks = 0
             for row, place in zip(step.rows, self._slots[step.first :], strict=False):
                 if place and row.request is not None:
                     place.past += 1
@@ -239,7 +247,7 @@ class Scheduler:
         place.past += step.tokens
         is_short = isinstance(step, Copy) and step.tokens < self._copied
         if not is_short:  # a short copy goes with the chunk that follows it
-            self._decoded_last = False
+            self._chunks += 1
             self._favours_oldest = not self._favours_oldest
         if isinstance(step, Prefill) and step.is_last:
             self._reading.remove(place)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from runtime.errors import PromptError
-from runtime.scheduler import Copy, Decode, Move, Prefill, Row, Scheduler, Step
+from runtime.scheduler import CHUNKS, Copy, Decode, Move, Prefill, Row, Scheduler, Step
 
 GARBAGE = -1  # what a dummy row writes
 CHUNK = 4
@@ -16,10 +16,21 @@ COPIED = 6  # tokens copied at once
 
 
 def scheduler(
-    slots: int = 4, budget: int = 1000, granule: int = 1, copied: int = COPIED, even_rows: bool = False
+    slots: int = 4,
+    budget: int = 1000,
+    granule: int = 1,
+    copied: int = COPIED,
+    even_rows: bool = False,
+    chunks: int = 1,
 ) -> Scheduler:
     return Scheduler(
-        slots=slots, budget=budget, granule=granule, chunk=lambda past: CHUNK, copied=copied, even_rows=even_rows
+        slots=slots,
+        budget=budget,
+        granule=granule,
+        chunk=lambda past: CHUNK,
+        copied=copied,
+        even_rows=even_rows,
+        chunks=chunks,
     )
 
 
@@ -54,6 +65,20 @@ def test_while_others_decode_chunks_are_small_and_alternate_with_them() -> None:
         Decode(0, (Row(0, 4),)),
         Prefill(1, slot=1, past=6, tokens=3, is_last=True),
     ]
+
+
+@pytest.mark.parametrize(("prompts", "chunks"), [(1, 1), (3, 3), (6, CHUNKS)])
+def test_each_prompt_that_is_read_has_a_chunk_between_two_tokens(prompts: int, chunks: int) -> None:
+    subject = scheduler(slots=8, chunks=CHUNKS)
+    subject.add(0, prompt=2, new=50)
+    run(subject)
+    for request in range(1, 1 + prompts):
+        subject.add(request, prompt=99, new=1)
+    while not isinstance(run(subject), Decode):
+        pass
+    for _ in range(3):
+        assert all(isinstance(run(subject), Prefill) for _ in range(chunks))
+        assert isinstance(run(subject), Decode)
 
 
 def test_a_hole_writes_at_its_beginning_and_a_prompt_being_read_right_after_what_was_read() -> None:
@@ -254,9 +279,11 @@ class Serving(RuleBasedStateMachine):
         granule=st.sampled_from([1, 8]),
         copied=st.sampled_from([COPIED, 20]),
         even_rows=st.booleans(),
+        chunks=st.sampled_from([1, 2, CHUNKS]),
     )
-    def begin(self, slots: int, budget: int, granule: int, copied: int, even_rows: bool) -> None:
-        self.subject = scheduler(slots, budget, granule, copied, even_rows)
+    def begin(self, slots: int, budget: int, granule: int, copied: int, even_rows: bool, chunks: int) -> None:
+        self.subject = scheduler(slots, budget, granule, copied, even_rows, chunks)
+        self.chunks = chunks
         self.slots, self.budget, self.granule = slots, budget, granule
         self.copied, self.even_rows, self.moved_last = copied, even_rows, False
         self.cells: list[dict[int, int]] = [{} for _ in range(slots + slots % 2)]
@@ -410,10 +437,10 @@ class Serving(RuleBasedStateMachine):
         return -(-sum(self.asked[request]) // self.granule) * self.granule
 
     def count_waits(self, ran: set[int]) -> None:
-        """A stream waits for one chunk; the oldest prompt for one other's, with a decode before each."""
+        """A stream waits for a chunk of each prompt, up to a number; the oldest prompt for one other's and decodes."""
         for request in set(self.made) - ran:
             self.waited[request] = self.waited.get(request, 0) + 1
-            assert self.waited[request] <= 1
+            assert self.waited[request] <= min(self.chunks, len(self.admitted) - 1)
         oldest = next((request for request in self.admitted if request not in self.made), None)
         if oldest is not None and oldest not in ran:
             self.waited[oldest] = self.waited.get(oldest, 0) + 1

@@ -12,6 +12,7 @@ smallest form of each.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -127,6 +128,7 @@ def main() -> None:
     }
     sections, document = [], []
     libraries: dict[str, str] = {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in options.shapes:
         results, missing = measure(name, setting, load, wanted)
         for one in results:

@@ -21,7 +21,7 @@ from report import Spread, say
 from shapes import SHAPES, TOKENIZER_VOCABULARY, write_shape
 from variants import BENCHMARKS, Missing, Setting, Variant, Weights, environment
 
-REST_S = 0.2  # lets spinning worker threads of the engine before go to sleep
+REST_S = 0.05  # lets spinning worker threads of the engine before go to sleep
 WARM_UP_TOKENS = 4
 
 
@@ -114,15 +114,18 @@ class Process:
 
 
 def measure(shape: str, setting: Setting, load: Load, wanted: Sequence[Variant]) -> tuple[list[Measured], list[str]]:
-    """Measure one shape; return the results and what is missing."""
+    """Measure one shape; return the results and what is missing. Ctrl-C ends it with the cells that are complete."""
     source = setting.work / "shapes" / shape
     write_shape(SHAPES[shape], source)
     processes, missing = _start(wanted, setting, load, source)
-    for context in load.contexts:
-        prompts = np.random.default_rng(context).integers(1, TOKENIZER_VOCABULARY, (load.rounds + 1, context)).tolist()
-        _measure_reading(processes, Cell(context), prompts)
-        for sequences in load.sequences:
-            _measure_decoding(processes, Cell(context, sequences), load)
+    try:
+        for context in load.contexts:
+            prompts = np.random.default_rng(context).integers(1, TOKENIZER_VOCABULARY, (load.rounds + 1, context))
+            _measure_reading(processes, Cell(context), prompts.tolist())
+            for sequences in load.sequences:
+                _measure_decoding(processes, Cell(context, sequences), load)
+    except KeyboardInterrupt:
+        missing.append("what comes after the last column: it was interrupted")
     for process in processes:
         process.close()
     return [process.measured for process in processes], missing
@@ -137,30 +140,40 @@ def _measure_reading(processes: Sequence[Process], cell: Cell, prompts: Sequence
     for process in processes:
         one = process.measured
         timed.setdefault((one.variant.module, one.variant.settings, one.weights.body), process)
-    for process in processes:
         process.call("read", prompts[0])
-    for index, turns in _rounds(list(timed.values()), len(prompts) - 1, cell):
+    speeds: dict[Process, list[float]] = {process: [] for process in timed.values()}
+    for index, turns in _rounds(list(speeds), len(prompts) - 1, cell):
         for process in turns:
             seconds, _ = process.call("read", prompts[index + 1])
-            process.measured.speeds.setdefault(cell, []).append(cell.context / seconds)
+            speeds[process].append(cell.context / seconds)
             time.sleep(REST_S)
+    _keep(speeds, cell)
 
 
 def _measure_decoding(processes: Sequence[Process], cell: Cell, load: Load) -> None:
-    for process in processes:
-        _decode(process, cell, WARM_UP_TOKENS)
-    for _, turns in _rounds(processes, load.rounds, cell):
+    speeds: dict[Process, list[float]] = {p: [] for p in processes if _decode(p, cell, WARM_UP_TOKENS) is not None}
+    for _, turns in _rounds(list(speeds), load.rounds, cell):
         for process in turns:
             speed = _decode(process, cell, load.tokens(cell))
-            process.measured.speeds.setdefault(cell, []).append(speed)
+            assert speed is not None
+            speeds[process].append(speed)
             time.sleep(REST_S)
+    _keep(speeds, cell)
 
 
-def _decode(process: Process, cell: Cell, tokens: int) -> float:
-    process.call("hold", cell.sequences)
+def _decode(process: Process, cell: Cell, tokens: int) -> float | None:
+    """Return tokens per second; None where the engine cannot hold so many sequences."""
+    _, is_held = process.call("hold", cell.sequences)
+    if not is_held:
+        return None
     seconds, answers = process.call("decode", tokens)
     assert [len(row) for row in answers] == [tokens] * cell.sequences, process.measured.variant.label
     return cell.sequences * tokens / seconds
+
+
+def _keep(speeds: dict[Process, list[float]], cell: Cell) -> None:
+    for process, values in speeds.items():
+        process.measured.speeds[cell] = values
 
 
 def _rounds(processes: Sequence[Process], rounds: int, cell: Cell) -> Iterator[tuple[int, list[Process]]]:

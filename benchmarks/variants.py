@@ -110,7 +110,6 @@ def variants() -> list[Variant]:
         llama_cpp("q4_0", "plain", (BEST,)),
         genai(32, "int8", (EQUAL,)),
         genai(128, "int8", (EQUAL,)),
-        genai(32, "int4", (BEST,)),
         genai(128, "int4", (BEST,)),
         openvino(64, "int8", (EQUAL,)),
         openvino(128, "int4", (BEST,)),

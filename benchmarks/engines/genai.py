@@ -12,6 +12,7 @@ import onnxruntime_genai as og
 from engines.protocol import Facts, Limits, serve
 
 READ_AGAIN_TOKENS = 256  # so long a prompt at most; after a longer one the few tokens that were added matter less
+READ_OFTEN_TOKENS = 2048  # a batch of a longer prompt takes minutes to read
 
 
 class Genai:
@@ -36,12 +37,15 @@ class Genai:
         self._prompt = prompt
         self._read(1)
 
-    def hold(self, sequences: int) -> None:
+    def hold(self, sequences: int) -> bool:
+        if sequences > 1 and len(self._prompt) > READ_OFTEN_TOKENS:
+            return False
         if sequences != self._sequences or (sequences > 1 and len(self._prompt) <= READ_AGAIN_TOKENS):
             self._read(sequences)
         elif sequences == 1:
             self._generator.rewind_to(len(self._prompt) - 1)
             self._append(self._prompt[-1:])
+        return True
 
     def decode(self, tokens: int) -> list[list[int]]:
         for _ in range(tokens):

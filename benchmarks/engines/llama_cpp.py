@@ -51,12 +51,13 @@ class LlamaCpp:
             self._run([(token, start + i, 0) for i, token in enumerate(part)], wanted=1)
         self._sequences, self._length, self._first = 1, len(prompt), self._best(1)[0]
 
-    def hold(self, sequences: int) -> None:
+    def hold(self, sequences: int) -> bool:
         for sequence in range(self._sequences, sequences):
             lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
         for sequence in range(sequences):
             lib.llama_memory_seq_rm(self._memory, sequence, self._length, -1)
         self._sequences = sequences
+        return True
 
     def decode(self, tokens: int) -> list[list[int]]:
         last, answers = [self._first] * self._sequences, []

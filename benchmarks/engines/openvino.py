@@ -36,11 +36,12 @@ class OpenVino:
         self._sequences, self._length = 1, len(prompt)
         self._first = self._step(np.array([prompt]), 0)[0]
 
-    def hold(self, sequences: int) -> None:
+    def hold(self, sequences: int) -> bool:
         for state in self._request.query_state():
             kept = state.state.data[:1, :, : self._length]  # [B, K, T, E]
             state.state = ov.Tensor(np.repeat(kept, sequences, axis=0))
         self._sequences = sequences
+        return True
 
     def decode(self, tokens: int) -> list[list[int]]:
         last, answers = [self._first] * self._sequences, []

@@ -30,10 +30,11 @@ class Ours:
             past += tokens
         self._length, self._first = past, int(logits[0].argmax())
 
-    def hold(self, sequences: int) -> None:
+    def hold(self, sequences: int) -> bool:
         for side in self._session.cache.view(0, sequences).values():
             side[self._sequences :, :, : self._length] = side[:1, :, : self._length]
         self._sequences = sequences
+        return True
 
     def decode(self, tokens: int) -> list[list[int]]:
         last, answers = [self._first] * self._sequences, []

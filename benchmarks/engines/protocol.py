@@ -47,10 +47,10 @@ class Engine(Protocol):
     def read(self, prompt: list[int]) -> None:
         """Forget everything, read a prompt and choose its first new token."""
 
-    def hold(self, sequences: int) -> None:
+    def hold(self, sequences: int) -> bool:
         """Hold the prompt that was read in so many sequences, each in memory of its own, and nothing after it.
 
-        An engine that cannot go back keeps what was added.
+        An engine that cannot go back keeps what was added. False where it would take too long.
         """
 
     def decode(self, tokens: int) -> list[list[int]]:

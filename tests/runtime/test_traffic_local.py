@@ -112,9 +112,13 @@ def test_what_an_artifact_cannot_do_is_refused(decoder_folder: Path, about: Any,
         run(str(decoder_folder), settings(**about))
 
 
-def test_a_chat_with_an_encoder_and_threads_of_a_server_are_refused(classifier_folder: Path) -> None:
+def test_a_chat_with_an_encoder_is_refused(classifier_folder: Path) -> None:
     with pytest.raises(LoadError, match=r"--chat: .* expected a decoder"):
         run(str(classifier_folder), settings(form="chat"))
+
+
+def test_threads_of_a_server_are_refused() -> None:
+    pytest.importorskip("httptools", reason="needs the extra serve")
     with pytest.raises(LoadError, match=r"--threads: is for an artifact's folder"):
         run("http://127.0.0.1:9", settings())
 

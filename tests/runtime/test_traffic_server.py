@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from sse_server import Event, Script, StepClock, delta, served, token, usage
 
+pytest.importorskip("httptools", reason="needs the extra serve")
+
 from runtime.errors import LoadError, ServingError
 from runtime.traffic.http_client import HttpClient, host_header
 from runtime.traffic.measure import Heard, Load, Measurement, Work

@@ -6,7 +6,7 @@ What engines count is read when it is asked for; a request costs a few observati
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from fastapi import APIRouter
@@ -27,6 +27,17 @@ _TOKENS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 _SECONDS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _MODEL: Final = "model_name"
+
+_ENGINE_COUNTERS: Final = (
+    ("vllm:prompt_tokens", "Tokens of prompts that were read.", "prompt_tokens"),
+    ("vllm:generation_tokens", "Tokens that were generated.", "generated_tokens"),
+    ("optimize_engine_steps", "Steps that engines took.", "steps"),
+)
+_ENCODER_COUNTERS: Final = (
+    ("optimize_texts", "Texts that encoders read.", "texts"),
+    ("optimize_text_tokens", "Tokens of these.", "tokens"),
+    ("optimize_text_batches", "Batches they ran in.", "batches"),
+)
 
 
 class Metrics:
@@ -115,20 +126,10 @@ class _Workers(Collector):
         usage = {name: each.reserved_tokens / each.budget_tokens for name, each in stats.items()}
         yield _gauge("vllm:kv_cache_usage_perc", "Share of the cache that is reserved, 0 to 1.", usage)
         yield _gauge("optimize_slots", "Requests that can run at once.", {n: each.slots for n, each in stats.items()})
-        for name, text, field in (
-            ("vllm:prompt_tokens", "Tokens of prompts that were read.", "prompt_tokens"),
-            ("vllm:generation_tokens", "Tokens that were generated.", "generated_tokens"),
-            ("optimize_engine_steps", "Steps that engines took.", "steps"),
-        ):
-            yield _counter(name, text, {model: getattr(each, field) for model, each in stats.items()})
+        yield from _counters(stats, _ENGINE_COUNTERS)
         encoded = {name: encoder.stats() for name, encoder in self._encoders.items()}
         yield _gauge("optimize_texts_waiting", "Texts that wait.", {n: each.waiting for n, each in encoded.items()})
-        for name, text, field in (
-            ("optimize_texts", "Texts that encoders read.", "texts"),
-            ("optimize_text_tokens", "Tokens of these.", "tokens"),
-            ("optimize_text_batches", "Batches they ran in.", "batches"),
-        ):
-            yield _counter(name, text, {model: getattr(each, field) for model, each in encoded.items()})
+        yield from _counters(encoded, _ENCODER_COUNTERS)
         busy = {name: each.busy_s for name, each in stats.items()}
         busy |= {name: each.busy_s for name, each in encoded.items()}
         yield _counter("optimize_engine_busy_seconds", "Seconds spent in steps and batches.", busy)
@@ -159,6 +160,12 @@ def _gauge(name: str, text: str, values: Mapping[str, float]) -> GaugeMetricFami
     for model, value in values.items():
         family.add_metric([model], value)
     return family
+
+
+def _counters(stats: Mapping[str, object], fields: Sequence[tuple[str, str, str]]) -> Iterator[CounterMetricFamily]:
+    """Yield a counter for each of (name, text, attribute of the models' statistics)."""
+    for name, text, field in fields:
+        yield _counter(name, text, {model: getattr(each, field) for model, each in stats.items()})
 
 
 def _counter(name: str, text: str, values: Mapping[str, float]) -> CounterMetricFamily:

@@ -1,13 +1,17 @@
-"""Integer number formats: how a weight matrix becomes packed integers and scales, and what it is worth again.
+"""Number formats: which numbers a weight may be, how they are stored, and what they are worth again.
 
-A format says which numbers exist; how weights are rounded to them is a pass's business (`quantize_*`).
+A format knows its grid, its scales and its packing; how weights are rounded to it is up to a method (`quantize_*`). A
+method fits scales to groups of weights, rounds values to codes on the grid, as often as it likes, and stores them.
 The packed layout is the one ONNX Runtime's `MatMulNBits` reads, so that lowering copies bytes and nothing else.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from math import prod
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +22,77 @@ EXACT_TERMS = 512
 """Products of an integer up to 255 and one up to 128 that float32 sums exactly: 512 * 255 * 128 < 2^24."""
 CHANNEL_BLOCK = 128
 """Block that a per-channel scale is repeated over when lowered: MatMulNBits knows blocks of 16 to 256 only."""
+SHRINKS = tuple(1 - step / 40 for step in range(25))
+"""Of a group's range, that `search_clip` tries: 1 to 0.4. The best of int2 lies near 0.55, of int4 near 0.9."""
+SEARCH_ELEMENTS = 1 << 18
+"""Weights that are searched at once: the few copies of them fit the processor's cache."""
+_WIDTHS = {"uint8": 1, "int8": 1, "float32": 4}
+
+
+class Scales(NamedTuple):
+    """What a group's codes are multiplied by, and which code stands for zero; both float32 [N, G, 1].
+
+    `scale` is exactly what the stored form gives back.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    def of(self, rows: slice) -> Scales:
+        """Return those of some rows."""
+        return Scales(self.scale[rows], self.zero[rows])
+
+
+class WeightFormat(ABC):
+    """Numbers in groups along the input features: `[N, M]` is `[N, G, B]`, padded with zeros.
+
+    Codes are float32, of any shape that the scales fit: a method may round one column at a time.
+    """
+
+    @property
+    @abstractmethod
+    def block(self) -> int:
+        """Return the number of input features per stored block."""
+
+    @abstractmethod
+    def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return name -> (shape, dtype) of the stored tensors of a `[rows, features]` weight."""
+
+    @abstractmethod
+    def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0) -> Scales:
+        """Return the scales by which the grid covers `shrink` [N, G, 1] of the range of `groups` [N, G, B]."""
+
+    @abstractmethod
+    def round(self, values: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Return the codes nearest to `values`."""
+
+    @abstractmethod
+    def value(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Return what codes are worth, float32."""
+
+    @abstractmethod
+    def store(self, codes: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        """Pack codes [N, G, B] and their scales, as `shapes` says."""
+
+    @abstractmethod
+    def load(self, stored: Mapping[str, torch.Tensor], features: int) -> torch.Tensor:
+        """Return the float32 [N, features] weight that `stored` stands for."""
+
+    def blocks(self, features: int) -> int:
+        """Return how many blocks hold `features` input features; the last one is padded."""
+        return -(-features // self.block)
+
+    def bytes(self, rows: int, features: int) -> int:
+        """Return the bytes of the stored form of a `[rows, features]` weight."""
+        return sum(prod(shape) * _WIDTHS[dtype] for shape, dtype in self.shapes(rows, features).values())
+
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return [N, M] as [N, G, B], padded with zeros."""
+        return _blocks(weight, self.block)
 
 
 @dataclass(frozen=True)
-class IntegerFormat:
+class IntegerFormat(WeightFormat):
     """Unsigned `bits`-bit integers in groups along the input features, one scale (and zero point) per group.
 
     A value is `(q - zero_point) * scale`; without zero points `zero_point` is the middle of the range.
@@ -51,10 +122,6 @@ class IntegerFormat:
         """Return the number of input features per stored block."""
         return CHANNEL_BLOCK if self.group_size == "channel" else self.group_size
 
-    def blocks(self, features: int) -> int:
-        """Return how many blocks hold `features` input features; the last one is padded."""
-        return -(-features // self.block)
-
     def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return name -> (shape, dtype) of the stored tensors of a `[rows, features]` weight."""
         groups = self.blocks(features)
@@ -66,16 +133,62 @@ class IntegerFormat:
             stored["zero_points"] = ((rows, -(-groups * self.bits // 8)), "uint8")
         return stored
 
-    def bytes(self, rows: int, features: int) -> int:
-        """Return the bytes of the stored form of a `[rows, features]` weight."""
-        width = {"uint8": 1, "float32": 4}
-        total = 0
-        for shape, dtype in self.shapes(rows, features).values():
-            size = width[dtype]
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+    def grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return [N, M] as [N, G, B], padded with zeros; G is 1 where an output feature has one scale."""
+        blocks = _blocks(weight, self.block)
+        return blocks.flatten(1)[:, None] if self.group_size == "channel" else blocks
+
+    def fit(self, groups: torch.Tensor, shrink: float | torch.Tensor = 1.0) -> Scales:
+        """Return the scales by which the grid covers `shrink` [N, G, 1] of the range of `groups` [N, G, B].
+
+        Symmetric: the value of largest magnitude maps to the most negative integer, so that the whole range is used
+        (the scale may be negative), as llama.cpp's Q4_0 and onnxruntime's block quantizer do. With zero points: the
+        range from the least to the greatest value, zero included, so that zero stays exact.
+        """
+        import torch
+
+        if self.symmetric:
+            extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+            scale = extreme * shrink / -self.middle
+            return Scales(_divisor(scale), torch.full_like(scale, self.middle))
+        low = groups.amin(-1, keepdim=True).clamp(max=0) * shrink
+        high = groups.amax(-1, keepdim=True).clamp(min=0) * shrink
+        scale = _divisor((high - low) / self.largest)
+        return Scales(scale, (-low / scale).round().clamp(0, self.largest))
+
+    def round(self, values: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Return the integers nearest to `values`."""
+        return (values / scales.scale).round_().add_(scales.zero).clamp_(0, self.largest)
+
+    def value(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Return what codes are worth, float32."""
+        return (codes - scales.zero) * scales.scale
+
+    def store(self, codes: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        """Pack codes [N, G, B] and their scales; a channel's are repeated over its blocks.
+
+        Returns:
+            `qweight` uint8 [N, G, block * bits / 8], `scales` float32 [N, G] and, unless symmetric, packed
+            `zero_points`.
+        """
+        import torch
+
+        codes = codes.to(torch.uint8).flatten(1).unflatten(1, (-1, self.block))
+        scale, zero = (each[..., 0].expand(codes.shape[:2]) for each in scales)
+        stored = {"qweight": pack(codes, self.bits), "scales": scale.contiguous()}
+        if not self.symmetric:
+            stored["zero_points"] = pack(_even(zero.to(torch.uint8), self.bits), self.bits)
+        return stored
+
+    def load(self, stored: Mapping[str, torch.Tensor], features: int) -> torch.Tensor:
+        """Return the float32 [N, features] weight that `stored` stands for."""
+        q = unpack(stored["qweight"], self.bits).float()  # [N, G, block]
+        if self.symmetric:
+            q -= self.middle
+        else:
+            q -= unpack(stored["zero_points"], self.bits)[:, : q.shape[1], None].float()
+        weight: torch.Tensor = (q * stored["scales"][..., None]).flatten(1)[:, :features]
+        return weight
 
 
 @dataclass(frozen=True)
@@ -130,61 +243,53 @@ def integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return sum(others, first.double()).float() if others else first
 
 
-def round_to_nearest(weight: torch.Tensor, form: IntegerFormat) -> dict[str, torch.Tensor]:
-    """Quantize `weight` [N, M] by rounding each value to the nearest the format has.
+def round_to_nearest(weight: torch.Tensor, form: WeightFormat, scales: Scales | None = None) -> dict[str, torch.Tensor]:
+    """Quantize `weight` [N, M] by rounding each value to the nearest the format has; return what is stored.
 
-    Symmetric: the value of largest magnitude in a group maps to the most negative integer, so that the whole range
-    is used (the scale may be negative), as llama.cpp's Q4_0 and onnxruntime's block quantizer do. With zero points:
-    the range from the group's least to its greatest value, zero included, so that zero stays exact.
-
-    Returns:
-        `qweight` uint8 [N, G, block * bits / 8], `scales` float32 [N, G] and, unless symmetric, packed `zero_points`.
+    `scales` are those that cover each group's range if not given.
     """
     import torch
 
-    parts = [_round_rows(weight[rows].float(), form) for rows in row_chunks(*weight.shape)]
+    parts = []
+    for rows in row_chunks(*weight.shape):
+        groups = form.grouped(weight[rows].float())
+        own = form.fit(groups) if scales is None else scales.of(rows)
+        parts.append(form.store(form.round(groups, own), own))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _round_rows(weight: torch.Tensor, form: IntegerFormat) -> dict[str, torch.Tensor]:
+def search_clip(weight: torch.Tensor, form: WeightFormat, importance: torch.Tensor | None = None) -> Scales:
+    """Return the scales that lose least of `weight` [N, M] when it is rounded to nearest, out of SHRINKS.
+
+    A group's loss is its squared error, that of input feature j times `importance` [M], such as the mean square of what
+    the feature is multiplied by.
+    """
     import torch
 
-    grouped = _grouped(weight, form)  # [N, G, block]
-    whole = grouped.flatten(1) if form.group_size == "channel" else grouped  # the values that share a scale
-    if form.symmetric:
-        extreme = whole.gather(-1, whole.abs().argmax(-1, keepdim=True))
-        scale = extreme / -form.middle
-        zero = torch.full_like(scale, form.middle)
-    else:
-        low, high = whole.amin(-1, keepdim=True).clamp(max=0), whole.amax(-1, keepdim=True).clamp(min=0)
-        scale = (high - low) / form.largest
-        zero = (-low / torch.where(scale == 0, 1.0, scale)).round().clamp(0, form.largest)
-    scale = torch.where(scale == 0, 1.0, scale)  # a group of zeros: any scale serves, none is stored as zero
-    if form.group_size == "channel":
-        scale, zero = scale[:, None].expand_as(grouped[..., :1]), zero[:, None].expand_as(grouped[..., :1])
-    q = ((grouped / scale).round() + zero).clamp(0, form.largest)
-    stored = {"qweight": pack(q.to(torch.uint8), form.bits), "scales": scale[..., 0].contiguous()}
-    if not form.symmetric:
-        stored["zero_points"] = pack(_even(zero[..., 0].to(torch.uint8), form.bits), form.bits)
-    return stored
+    weights = None if importance is None else form.grouped(importance[None].float())
+    chunks = row_chunks(len(weight), weight.shape[1], SEARCH_ELEMENTS)
+    parts = [_search(form.grouped(weight[rows].float()), form, weights) for rows in chunks]
+    return Scales(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def row_chunks(rows: int, features: int) -> list[slice]:
-    """Return slices of a `[rows, features]` weight of at most CHUNK_ELEMENTS each."""
-    step = max(1, CHUNK_ELEMENTS // features)
+def _search(groups: torch.Tensor, form: WeightFormat, importance: torch.Tensor | None) -> Scales:
+    import torch
+
+    least = torch.full_like(groups[..., :1], torch.inf)
+    best = torch.ones_like(least)
+    for shrink in SHRINKS:
+        scales = form.fit(groups, shrink)
+        error = (form.value(form.round(groups, scales), scales) - groups).square_()
+        loss = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+        best[loss < least] = shrink
+        least = torch.minimum(least, loss)
+    return form.fit(groups, best)
+
+
+def row_chunks(rows: int, features: int, elements: int = CHUNK_ELEMENTS) -> list[slice]:
+    """Return slices of a `[rows, features]` weight of at most `elements` each, or a row."""
+    step = max(1, elements // features)
     return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
-
-
-def dequantize(stored: dict[str, Any], form: IntegerFormat, features: int) -> torch.Tensor:
-    """Return the float32 [N, features] weight that `stored` stands for."""
-    q = unpack(stored["qweight"], form.bits).float()  # [N, G, block]
-    if form.symmetric:
-        q -= form.middle
-    else:
-        zero = unpack(stored["zero_points"], form.bits)[:, : q.shape[1]]
-        q -= zero[..., None].float()
-    weight: torch.Tensor = (q * stored["scales"][..., None]).flatten(1)[:, :features]
-    return weight
 
 
 def quantize_activations(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -225,12 +330,19 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([(packed >> (bits * i)) & mask for i in range(per_byte)], -1).flatten(-2)
 
 
-def _grouped(weight: torch.Tensor, form: IntegerFormat) -> torch.Tensor:
+def _blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
     """Return [N, M] as [N, G, block], padded with zeros."""
     import torch
 
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % form.block))
-    return padded.reshape(len(weight), -1, form.block)
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block))
+    return padded.reshape(len(weight), -1, block)
+
+
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    """Return scales none of which is zero: a group of zeros is served by any."""
+    import torch
+
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _even(q: torch.Tensor, bits: int) -> torch.Tensor:

@@ -13,7 +13,6 @@ from torch import nn
 from passes._formats import (
     ChannelFormat,
     IntegerFormat,
-    dequantize,
     integer_product,
     quantize_activations,
     quantize_affine,
@@ -108,7 +107,7 @@ class _Grouped(_Quantized):
 
     def dequantized(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Return rows of the weight, float32 [R, M]."""
-        return dequantize({name: tensor[rows] for name, tensor in self.stored().items()}, self.form, self.features)
+        return self.form.load({name: tensor[rows] for name, tensor in self.stored().items()}, self.features)
 
 
 class QuantizedLinear(_Grouped):

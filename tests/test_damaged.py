@@ -24,7 +24,7 @@ from benchmarks.subsets import (
 )
 from optimizer.gate import Budget, Scores, judge
 from optimizer.statistics.power import looks_of
-from passes._formats import IntegerFormat, dequantize, round_to_nearest
+from passes._formats import IntegerFormat, round_to_nearest
 
 ACCURACY, PERPLEXITY = Budget("accuracy", 0.03), Budget("perplexity", 0.05, relative=True)
 
@@ -52,7 +52,7 @@ def documents(loss, n=120):
 def test_rounding_is_what_the_passes_do(bits, group):
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(bits))
     form = IntegerFormat(bits, group)
-    expected = dequantize(round_to_nearest(weight, form), form, 128)
+    expected = form.load(round_to_nearest(weight, form), 128)
     torch.testing.assert_close(rounded(weight, bits, group), expected, rtol=0, atol=1e-6)
 
 

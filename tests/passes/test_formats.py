@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any, Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,12 +12,14 @@ from hypothesis import strategies as st
 
 from passes._formats import (
     CHUNK_ELEMENTS,
+    SHRINKS,
     IntegerFormat,
-    dequantize,
+    Scales,
     pack,
     quantize_activations,
     round_to_nearest,
     row_chunks,
+    search_clip,
     unpack,
 )
 
@@ -87,7 +92,7 @@ def test_symmetric_int4_of_a_4x4_matrix_worked_by_hand() -> None:
         [8, 10, 0, 11],
     ]
     assert stored["qweight"].squeeze(1).tolist()[0] == [0xC0, 0xFA]
-    assert dequantize(stored, form, 4).tolist() == [
+    assert form.load(stored, 4).tolist() == [
         [-8.0, 4.0, 2.0, 7.0],
         [4.0, -3.5, 1.0, 0.0],
         [0.0, 0.0, 0.0, 0.0],
@@ -106,7 +111,7 @@ def test_int2_with_zero_points_of_a_4x4_matrix_worked_by_hand() -> None:
     stored = round_to_nearest(weight, form)
     assert stored["scales"].tolist() == [[1.0], [3.0], [2.0], [1.0]]
     assert unpack(stored["zero_points"], 2)[:, 0].tolist() == [1, 0, 3, 0]
-    assert dequantize(stored, form, 4).tolist() == [
+    assert form.load(stored, 4).tolist() == [
         [-1.0, 0.0, 1.0, 2.0],
         [0.0, 3.0, 6.0, 9.0],
         [-6.0, -2.0, -4.0, 0.0],  # -1 lies between 0 and -2; q = round(-0.5) + 3 = 3, the even neighbour
@@ -119,7 +124,7 @@ def test_int2_with_zero_points_of_a_4x4_matrix_worked_by_hand() -> None:
 def test_no_value_is_further_off_than_its_step_allows(weight: torch.Tensor, form: IntegerFormat) -> None:
     stored = round_to_nearest(weight, form)
     step = per_value(stored["scales"], form, weight.shape[1])
-    error = (dequantize(stored, form, weight.shape[1]) - weight).abs()
+    error = (form.load(stored, weight.shape[1]) - weight).abs()
     # Rounding costs half a step; the symmetric range ends one step short of the middle, away from its extreme.
     steps = (weight / step - (form.middle - 1)).clamp(0.5, 1) if form.symmetric else torch.tensor(0.5)
     assert (error <= steps * step.abs() + ROUNDING * largest_of_group(weight, form)).all()
@@ -128,7 +133,7 @@ def test_no_value_is_further_off_than_its_step_allows(weight: torch.Tensor, form
 @quick
 @given(weight=weights(), form=forms)
 def test_zeros_stay_exact(weight: torch.Tensor, form: IntegerFormat) -> None:
-    restored = dequantize(round_to_nearest(weight, form), form, weight.shape[1])
+    restored = form.load(round_to_nearest(weight, form), weight.shape[1])
     assert (restored[weight == 0] == 0).all()
 
 
@@ -160,7 +165,7 @@ def test_the_padding_of_a_ragged_last_group_is_worth_nothing() -> None:
     form = IntegerFormat(4, 32, symmetric=False)
     stored = round_to_nearest(weight, form)
     assert stored["qweight"].shape == (2, 2, 16)
-    whole = dequantize(stored, form, 64)
+    whole = form.load(stored, 64)
     assert (whole[:, :40] == -3).all()
     assert (whole[:, 40:] == 0).all()
 
@@ -188,3 +193,71 @@ def test_a_weight_of_several_chunks_is_rounded_as_its_rows_are() -> None:
     assert len(row_chunks(*weight.shape)) == 2
     whole, last = round_to_nearest(weight, form), round_to_nearest(weight[2:], form)
     assert all(torch.equal(whole[name][2:], last[name]) for name in whole)
+
+
+BYTES = {
+    (2, 16, True): "5d3870f3c0391ce4",
+    (2, 16, False): "271681fbd4696bc1",
+    (2, 128, True): "b60f4a9ce71b4aad",
+    (2, 128, False): "856b69aaf5092642",
+    (2, "channel", True): "c43b434a59f9f60b",
+    (2, "channel", False): "95558101419b2777",
+    (4, 16, True): "91b67e4353d9eb26",
+    (4, 16, False): "1d2abe24c284e0ea",
+    (4, 128, True): "a6302d16804a58c2",
+    (4, 128, False): "9a64ab5e52d10e59",
+    (4, "channel", True): "dc6c9700c2346366",
+    (4, "channel", False): "8f80b047960430a0",
+    (8, 16, True): "21f850541ca8ea0f",
+    (8, 16, False): "388b6ab716720a0e",
+    (8, 128, True): "6d2001212ca0032a",
+    (8, 128, False): "df3137d86ad60c2e",
+    (8, "channel", True): "626e240edb8f3347",
+    (8, "channel", False): "22622c0d3e86b330",
+}
+"""Bits, group, symmetric -> the hash of all that is stored of one weight. Artifacts of users hold such bytes."""
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), BYTES)
+def test_rounding_makes_the_bytes_it_always_made(bits: Literal[2, 4, 8], group: Any, symmetric: bool) -> None:
+    n = torch.arange(5 * 300).reshape(5, 300)
+    weight = ((n * 7919 + n // 13) % 2003 - 1001).float() / 37
+    weight[1, 3:40], weight[2], weight[3] = 0, weight[2].abs(), -weight[3].abs()
+    stored = round_to_nearest(weight, IntegerFormat(bits, group, symmetric))
+    content = b"".join(stored[name].numpy().tobytes() for name in sorted(stored))
+    assert hashlib.sha256(content).hexdigest()[:16] == BYTES[bits, group, symmetric]
+
+
+@quick
+@given(weight=weights(), form=forms)
+def test_what_is_stored_is_worth_what_its_codes_are(weight: torch.Tensor, form: IntegerFormat) -> None:
+    groups = form.grouped(weight)
+    scales = form.fit(groups)
+    codes = form.round(groups, scales)
+    restored = form.load(form.store(codes, scales), weight.shape[1])
+    assert torch.equal(restored, form.value(codes, scales).flatten(1)[:, : weight.shape[1]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(weight=weights(), form=forms, seed=st.none() | st.integers(0, 99))
+def test_no_clip_of_the_search_loses_less_than_the_one_it_chose(
+    weight: torch.Tensor, form: IntegerFormat, seed: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(seed or 0)
+    importance = None if seed is None else torch.rand(weight.shape[1], generator=generator) ** 8
+    groups, weighted = form.grouped(weight), 1 if importance is None else form.grouped(importance[None])
+
+    def loss(scales: Scales) -> torch.Tensor:
+        return ((form.value(form.round(groups, scales), scales) - groups) ** 2 * weighted).sum(-1)
+
+    chosen = loss(search_clip(weight, form, importance))
+    assert all((chosen <= loss(form.fit(groups, shrink)) * (1 + ROUNDING)).all() for shrink in SHRINKS)
+
+
+def test_the_search_clips_a_value_that_nothing_is_multiplied_by() -> None:
+    weight = torch.tensor([[8.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0] * 2])
+    form = IntegerFormat(2, 16)
+    whole, plain = form.fit(form.grouped(weight)), search_clip(weight, form)
+    seldom = search_clip(weight, form, (weight[0] < 8).float())
+    assert whole.scale.abs().item() == 4
+    assert plain.scale.abs().item() > 2 * seldom.scale.abs().item() == pytest.approx(2 * 1.6)

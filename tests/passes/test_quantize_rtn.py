@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import MANY_BITS, TABLES_IN_INT8, Workshop, file_hashes, save_model, tiny_module
 
-from passes._formats import IntegerFormat, dequantize
+from passes._formats import IntegerFormat
 from passes._override import Override
 from passes._quantized import LayerSpec, read_specs, write_specs
 from passes._safetensors import read_tensor, tensor_index, weight_files, write_safetensors
@@ -32,7 +32,7 @@ def tensors_of(model: Model) -> dict[str, torch.Tensor]:
 
 def weight_of(model: Model, layer: str, form: IntegerFormat, features: int) -> torch.Tensor:
     tensors = tensors_of(model)
-    return dequantize({leaf: tensors[f"{layer}.{leaf}"] for leaf in form.shapes(1, 1)}, form, features)
+    return form.load({leaf: tensors[f"{layer}.{leaf}"] for leaf in form.shapes(1, 1)}, features)
 
 
 def logits_of(model: Model) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from passes._formats import IntegerFormat, dequantize, round_to_nearest
+from passes._formats import IntegerFormat, round_to_nearest
 from passes._parity import range_error
 from passes._quantized import LayerSpec, quantized, read_specs, write_specs
 
@@ -98,7 +98,7 @@ def test_a_layer_with_exact_activations_multiplies_the_dequantized_weight() -> N
     twin, _ = layer_with(layer, spec)
     rounded = twin(x)
     twin.exact_activations = True
-    want = nn.functional.linear(x, dequantize(twin.stored(), spec.format, 64), layer.bias)
+    want = nn.functional.linear(x, spec.format.load(twin.stored(), 64), layer.bias)
     torch.testing.assert_close(twin(x), want, rtol=0, atol=1e-6)  # the bias may be added inside or after the product
     assert (rounded - want).abs().max() > 1e-4  # 64 roundings of up to 1/254 each
 

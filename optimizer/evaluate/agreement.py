@@ -19,6 +19,7 @@ from optimizer.evaluate.distributions import Rows, kl_divergence
 from optimizer.evaluate.flips import Changed, changed_classes, ending
 from optimizer.evaluate.items import Item, Texts, TopUp, items_hash, limit_of
 from optimizer.evaluate.result import TaskResult
+from optimizer.evaluate.task import Phase
 from optimizer.evaluate.text_reader import TextReader
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
@@ -66,6 +67,10 @@ class Agreement:
 
     data: str = field(metadata={"help": "entry of `data` that holds the documents", "names": "data"})
     context: int = field(default=1024, metadata={"help": "tokens of a document that are compared", "ge": 2})
+    phase: Phase = field(
+        default="prefill",
+        metadata={"help": "read texts as prompts are, or decode: token by token, as answers are written; slower"},
+    )
     bos: bool = field(default=True, metadata={"help": "put the beginning-of-sequence token first, if there is one"})
     items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many documents", "ge": 1})
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from optimizer.errors import CannotRun
 from optimizer.evaluate.data import DataError, Record, Row, read_rows
+from optimizer.evaluate.task import phase_of
 from optimizer.evaluate.text_reader import TextReader
 from optimizer.quantities import check_ranges
 
@@ -100,8 +101,11 @@ def items_hash(items: Sequence[Item], context: int | None) -> str:
 
 
 def tokens_read(tasks: Mapping[str, Task], items: Mapping[str, Sequence[Item]]) -> int:
-    """Count the tokens that a model reads and writes to be scored; tasks whose items are equal share one reading."""
-    distinct = {items_hash(items[name], 0): items[name] for name in tasks}
+    """Count the tokens that a model reads and writes to be scored.
+
+    Tasks whose items are equal share one reading for each phase.
+    """
+    distinct = {(items_hash(items[name], 0), phase_of(task)): items[name] for name, task in tasks.items()}
     read = sum(len(text) for chosen in distinct.values() for item in chosen for text in item.texts)
     return read + sum(getattr(task, "max_tokens", 0) * len(items[name]) for name, task in tasks.items())
 
@@ -185,6 +189,8 @@ def _check_fit(name: str, task: Task, data: Mapping[str, DataSource], reader: Te
     if reader.kind not in task.kinds:
         wanted = " or ".join(task.kinds)
         raise CannotRun(f"evaluate.{name}: cannot score this kind of model, got {reader.kind}, expected {wanted}")
+    if phase_of(task) == "decode" and reader.kind != "decoder":
+        raise CannotRun(f"evaluate.{name}: phase: got decode, expected prefill; {reader.kind}s do not write answers")
     if task.needs_labels and data[task.data].label is None:
         raise DataError(f"evaluate.{name}: data.{task.data} names no label column; add `label: COLUMN` to it")
 

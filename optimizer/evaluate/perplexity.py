@@ -17,6 +17,7 @@ import numpy as np
 from optimizer.evaluate.distributions import Rows
 from optimizer.evaluate.items import Document, Item, Texts, TopUp, items_hash, limit_of
 from optimizer.evaluate.result import TaskResult
+from optimizer.evaluate.task import Phase
 from optimizer.gate import Scores
 from optimizer.quantities import Percent, check_ranges
 
@@ -67,6 +68,10 @@ class Perplexity:
 
     data: str = field(metadata={"help": "entry of `data` that holds the documents", "names": "data"})
     context: int = field(default=1024, metadata={"help": "tokens of a document that are scored", "ge": 2})
+    phase: Phase = field(
+        default="prefill",
+        metadata={"help": "read texts as prompts are, or decode: token by token, as answers are written; slower"},
+    )
     bos: bool = field(default=True, metadata={"help": "put the beginning-of-sequence token first, if there is one"})
     items: int | TopUp | None = field(default=None, metadata={"help": "a random sample of so many documents", "ge": 1})
 

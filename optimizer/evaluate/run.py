@@ -11,7 +11,7 @@ from optimizer.evaluate.distributions import blocks
 from optimizer.evaluate.items import Item, items_hash
 from optimizer.evaluate.result import TaskResult
 from optimizer.evaluate.scorers import Scorer
-from optimizer.evaluate.task import Inquiry, Task, Watcher
+from optimizer.evaluate.task import Inquiry, Phase, Task, Watcher, phase_of
 from optimizer.evaluate.text_reader import TextReader
 from passes.base import Progress, no_progress
 
@@ -28,7 +28,7 @@ def evaluate(
 
     Args:
         tasks: what to evaluate.
-        items: of each task; tasks whose items are equal share one pass through the model.
+        items: of each task; tasks whose items are equal share one pass through the model for each phase.
         scorer: the model.
         source: the results of the source on the same tasks and items; None when the source itself is evaluated.
         progress: told how many tokens (of an encoder: texts; of prompts: answers) are done.
@@ -45,21 +45,22 @@ def evaluate(
         if isinstance(tally, Inquiry):
             tally.ask(scorer, reader, progress)
     watching = {name: tally for name, tally in tallies.items() if not isinstance(tally, Inquiry)}
-    passes = _passes(items, watching)
+    passes = _passes(tasks, items, watching)
     total = sum(sum(_positions(items[names[0]], scorer.kind)) for names in passes)
     done = 0
     for names in passes:
-        for count in show(items[names[0]], scorer, [watching[name] for name in names]):
+        phase = phase_of(tasks[names[0]])
+        for count in show(items[names[0]], scorer, [watching[name] for name in names], phase):
             done += count
             progress(done, total, "token" if scorer.kind == "decoder" else "text")
     return {name: tally.result() for name, tally in tallies.items()}
 
 
-def _passes(items: Mapping[str, list[Item]], names: Iterable[str]) -> list[list[str]]:
-    """Group task names by equal items."""
-    shared: dict[str, list[str]] = {}
+def _passes(tasks: Mapping[str, Task], items: Mapping[str, list[Item]], names: Iterable[str]) -> list[list[str]]:
+    """Group task names by equal items and phase."""
+    shared: dict[tuple[str, Phase], list[str]] = {}
     for name in names:
-        shared.setdefault(items_hash(items[name], 0), []).append(name)
+        shared.setdefault((items_hash(items[name], 0), phase_of(tasks[name])), []).append(name)
     return list(shared.values())
 
 
@@ -70,14 +71,14 @@ def _positions(items: Sequence[Item], kind: str) -> list[int]:
     return [len(item.texts) if kind == "embedder" else 1 for item in items]
 
 
-def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> Iterator[int]:
+def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher], phase: Phase = "prefill") -> Iterator[int]:
     """Pass items through the model once, show every watcher their logits, yield how many rows each step had."""
     starts = [item.first if scorer.kind == "decoder" else 0 for item in items]
     expected, seen = (
         [start + count for start, count in zip(starts, _positions(items, scorer.kind), strict=True)],
         starts,
     )
-    for index, first, logits in _answers(items, scorer):
+    for index, first, logits in _answers(items, scorer, phase):
         if first != seen[index]:
             raise RuntimeError(f"scorer: item {index}: got position {first}, expected {seen[index]}")
         for rows in blocks(index, first, logits):
@@ -90,10 +91,10 @@ def show(items: Sequence[Item], scorer: Scorer, watchers: Sequence[Watcher]) -> 
         raise RuntimeError(f"scorer: item {index}: got {seen[index]} positions, expected {expected[index]}")
 
 
-def _answers(items: Sequence[Item], scorer: Scorer) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+def _answers(items: Sequence[Item], scorer: Scorer, phase: Phase) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     """Yield (item index, first row, rows): logits of a decoder or [1, labels], an embedder's vectors [texts, width]."""
     if scorer.kind == "decoder":
-        return scorer.logits(items)
+        return scorer.logits(items, phase)
     return _vectors(items, scorer) if scorer.kind == "embedder" else _one_by_one(items, scorer)
 
 

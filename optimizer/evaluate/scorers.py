@@ -18,6 +18,7 @@ from runtime.batching import equal_length_batches
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from optimizer.evaluate.task import Phase
     from passes._pooling import Pooling
     from passes._skeleton import Skeleton
     from passes.base import Model
@@ -42,11 +43,11 @@ class Scorer(Protocol):
     def kind(self) -> str:
         """Return what the model is."""
 
-    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+    def logits(self, items: Sequence[Item], phase: Phase = "prefill") -> Iterator[tuple[int, int, NDArray[np.float32]]]:
         """Yield (item index, first position, logits [R, V] of the R positions from there on).
 
         Items come in any order; the positions of one item ascend, from its `first` on, and are complete. A slice is
-        valid until the next one is asked for.
+        valid until the next one is asked for. In phase "decode" every token is run by itself, as generated ones are.
         """
 
     def classify(self, items: Sequence[Item]) -> NDArray[np.float32]:
@@ -83,8 +84,11 @@ class TorchScorer:
         """
         self.model, self.kind, self.threads, self.tokens_per_batch = model, kind, threads, tokens_per_batch
 
-    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Run items of equal length together; the blocks are read once per TOKENS_PER_WALK tokens."""
+    def logits(self, items: Sequence[Item], phase: Phase = "prefill") -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Run items of equal length together, whatever the phase: to torch both are one function, but for rounding.
+
+        The blocks are read once per TOKENS_PER_WALK tokens.
+        """
         distinct, owners = _distinct(items)
         for indices, logits in self._walk(distinct):
             for row, index in enumerate(indices):
@@ -147,14 +151,15 @@ class RuntimeScorer:
         """
         self.graph, self.kind, self.threads = graph, kind, threads
 
-    def logits(self, items: Sequence[Item]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Run each item by itself, in chunks whose logits fit SLICE_ELEMENTS."""
+    def logits(self, items: Sequence[Item], phase: Phase = "prefill") -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Run each item by itself, in chunks whose logits fit SLICE_ELEMENTS, or token by token."""
         from runtime.session import DecoderSession
 
+        run = _in_chunks if phase == "prefill" else _token_by_token
         session = DecoderSession(self.graph, capacity=max(len(item.ids) for item in items), threads=self.threads)
         distinct, owners = _distinct(items)
         for item, indices in zip(distinct, owners, strict=True):
-            for first, rows in _in_chunks(session, item):
+            for first, rows in run(session, item):
                 yield from ((index, first, rows) for index in indices)
 
     def generate(self, items: Sequence[Item], max_tokens: int, ends: Ends) -> Iterator[tuple[int, Answer]]:
@@ -256,10 +261,25 @@ def _in_chunks(session: DecoderSession, item: Item) -> Iterator[tuple[int, NDArr
     Chunks are nearly equal: one of a single token would run as a decode step. A chunk before that position computes
     one row of logits, which is the least.
     """
-    ids, most = item.ids, max(4, SLICE_ELEMENTS // session.vocabulary)
-    bounds = np.linspace(0, len(ids), -(-len(ids) // most) + 1).astype(int).tolist()
-    for start, end in pairwise(bounds):
+    for start, end in _chunks(session, item):
         first = min(max(item.first, start), end - 1)
-        rows = session.run(ids[start:end], past=start, rows=np.arange(first - start, end - start))
+        rows = session.run(item.ids[start:end], past=start, rows=np.arange(first - start, end - start))
         if end > item.first:
             yield first, rows
+
+
+def _token_by_token(session: DecoderSession, item: Item) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the same, each token run as a decode step."""
+    for start, end in _chunks(session, item):
+        rows = np.empty((end - start, session.vocabulary), np.float32)
+        for place in range(start, end):
+            rows[place - start] = session.step(item.ids[place], past=place)
+        first = max(item.first, start)
+        if first < end:
+            yield first, rows[first - start :]
+
+
+def _chunks(session: DecoderSession, item: Item) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of pieces, nearly equal in length, whose logits fit SLICE_ELEMENTS."""
+    most = max(4, SLICE_ELEMENTS // session.vocabulary)
+    return pairwise(np.linspace(0, len(item.ids), -(-len(item.ids) // most) + 1).astype(int).tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from optimizer.evaluate.distributions import Rows
@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from optimizer.evaluate.scorers import Scorer
     from optimizer.evaluate.text_reader import TextReader
     from passes.base import Progress
+
+Phase = Literal["prefill", "decode"]
+"""How a decoder reads a text: in chunks, as prompts are read, or token by token, as answers are written."""
+
+
+def phase_of(task: Task) -> Phase:
+    """Return the phase in which a task has its items read."""
+    phase: Phase = getattr(task, "phase", "prefill")
+    return phase
 
 
 class Watcher(Protocol):

@@ -22,7 +22,7 @@ class FakeScorer:
         self.answers = [np.asarray(answer, np.float32) for answer in logits]
         self.kind, self.rows, self.passes = kind, rows, 0
 
-    def logits(self, items):
+    def logits(self, items, phase="prefill"):
         self.passes += 1
         for index in reversed(range(len(items))):
             for first in range(items[index].first, len(self.answers[index]), self.rows):

@@ -306,3 +306,9 @@ def test_the_majority_share_is_what_guessing_gets_right():
     items = [Item((1,), str(number), label) for number, label in enumerate([2, 0, 2, 1])]
     assert majority_share(items) == 0.5
     assert majority_share([Item((1,), "0")]) is None
+
+
+def test_a_classifier_is_not_scored_token_by_token(classifier, tmp_path):
+    data = {"d": DataSource(json=tmp_path / "none.jsonl")}
+    with pytest.raises(CannotRun, match=r"evaluate\.a: phase: got decode, expected prefill"):
+        load_items({"a": Agreement(data="d", phase="decode")}, data, classifier)

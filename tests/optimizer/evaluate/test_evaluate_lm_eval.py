@@ -212,7 +212,7 @@ class Broken:
     def __init__(self, scorer):
         self.scorer = scorer
 
-    def logits(self, items):
+    def logits(self, items, phase="prefill"):
         for index, first, rows in self.scorer.logits(items):
             yield index, first, np.full_like(rows, np.nan) if index == 0 else rows
 

@@ -45,6 +45,20 @@ def test_tasks_on_different_items_pass_separately():
     assert list(found) == ["perplexity", "agreement"]
 
 
+def test_tasks_of_different_phases_pass_separately():
+    phases = []
+
+    class Told(FakeScorer):
+        def logits(self, items, phase="prefill"):
+            phases.append(phase)
+            return super().logits(items, phase)
+
+    tasks = BOTH | {"decode": Perplexity(data="d", phase="decode")}
+    found = evaluate(tasks, dict.fromkeys(tasks, ITEMS), Told(LOGITS))
+    assert phases == ["prefill", "decode"]
+    assert found["decode"].scores["perplexity"].point == found["perplexity"].scores["perplexity"].point
+
+
 def test_scores_name_the_items_and_the_context():
     found = evaluate(BOTH, dict.fromkeys(BOTH, ITEMS), FakeScorer(LOGITS))
     assert found["perplexity"].scores["perplexity"].items == items_hash(ITEMS, 1024)
@@ -61,8 +75,8 @@ def test_progress_ends_at_the_total_number_of_tokens():
 @pytest.mark.parametrize("change", [lambda rows: rows[:-1], lambda rows: [*rows, *rows[:1]], lambda rows: rows[::-1]])
 def test_a_scorer_that_leaves_out_repeats_or_disorders_positions_is_caught(change):
     class Wrong(FakeScorer):
-        def logits(self, items):
-            yield from change(list(super().logits(items)))
+        def logits(self, items, phase="prefill"):
+            yield from change(list(super().logits(items, phase)))
 
     with pytest.raises(RuntimeError, match="scorer: item"):
         evaluate(BOTH, dict.fromkeys(BOTH, ITEMS), Wrong(LOGITS))

@@ -55,6 +55,30 @@ def test_long_items_come_in_chunks_with_the_same_logits(monkeypatch):
         assert rows == pytest.approx(whole[index][first : first + len(rows)], abs=1e-5)
 
 
+@pytest.mark.parametrize("slice_elements", [1, scorers.SLICE_ELEMENTS])
+def test_decode_gives_each_token_the_logits_of_a_step_of_its_own(monkeypatch, slice_elements):
+    monkeypatch.setattr(scorers, "SLICE_ELEMENTS", slice_elements)
+    session = DecoderSession(DECODER, capacity=16, threads=1)
+    found = [[] for _ in ITEMS]
+    for index, first, rows in RuntimeScorer(DECODER, "decoder", 1).logits(ITEMS, "decode"):
+        assert first == len(found[index])
+        found[index].extend(rows.copy())
+    for item, rows in zip(ITEMS, found, strict=True):
+        steps = [session.step(token, past=place).copy() for place, token in enumerate(item.ids)]
+        assert np.array_equal(rows, steps)
+    assert not np.array_equal(found[2], session.run(ITEMS[2].ids))  # float32 caches: one token sums in another order
+
+
+def test_decode_leaves_out_positions_that_nobody_asked_for():
+    class Late(Item):
+        first = 3
+
+    (found,) = RuntimeScorer(DECODER, "decoder", 1).logits([Late((1, 2, 3, 4, 5), "")], "decode")
+    session = DecoderSession(DECODER, capacity=16, threads=1)
+    steps = [session.step(token, past=place).copy() for place, token in enumerate((1, 2, 3, 4, 5))]
+    assert found[:2] == (0, 3) and np.array_equal(found[2], steps[3:])
+
+
 def test_a_classifier_answers_in_the_order_of_the_items():
     session = EncoderSession(CLASSIFIER, threads=1)
     found = RuntimeScorer(CLASSIFIER, "classifier", 1).classify(ITEMS)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ EXACT_TERMS = 512
 CHANNEL_BLOCK = 128
 """Block that a per-channel scale is repeated over when lowered: MatMulNBits knows blocks of 16 to 256 only."""
 SHRINKS = tuple(1 - step / 40 for step in range(25))
-"""Of a group's range, that `search_clip` tries: 1 to 0.4. The best of int2 lies near 0.55, of int4 near 0.9."""
+"""Of the range of a group of integers, that `search_clip` tries. The best of int2 lies near 0.55, of int4 near 0.9."""
 SEARCH_ELEMENTS = 1 << 18
 """Weights that are searched at once: the few copies of them fit the processor's cache."""
 _WIDTHS = {"uint8": 1, "int8": 1, "float32": 4}
@@ -47,7 +47,17 @@ class WeightFormat(ABC):
     """Numbers in groups along the input features: `[N, M]` is `[N, G, B]`, padded with zeros.
 
     Codes are float32, of any shape that the scales fit: a method may round one column at a time.
+
+    Attributes:
+        shrinks: of a group's range, that `search_clip` tries.
     """
+
+    shrinks: ClassVar[tuple[float, ...]] = SHRINKS
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Return what recipes call it."""
 
     @property
     @abstractmethod
@@ -78,6 +88,14 @@ class WeightFormat(ABC):
     def load(self, stored: Mapping[str, torch.Tensor], features: int) -> torch.Tensor:
         """Return the float32 [N, features] weight that `stored` stands for."""
 
+    def for_weight(self, weight: torch.Tensor) -> WeightFormat:
+        """Return the format that rounds this weight: itself, unless it has a scale for the whole of one."""
+        return self
+
+    def scales(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scales that are stored, float32 [N, G]."""
+        return stored["scales"]
+
     def blocks(self, features: int) -> int:
         """Return how many blocks hold `features` input features; the last one is padded."""
         return -(-features // self.block)
@@ -106,6 +124,11 @@ class IntegerFormat(WeightFormat):
     bits: Literal[2, 4, 8]
     group_size: int | Literal["channel"]
     symmetric: bool = True
+
+    @property
+    def name(self) -> str:
+        """Return what recipes call it."""
+        return f"int{self.bits}"
 
     @property
     def middle(self) -> int:
@@ -199,6 +222,7 @@ class ChannelFormat:
     """
 
     bits: Literal[8] = 8
+    name: ClassVar[str] = "int8"
 
     def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return name -> (shape, dtype) of the stored tensors of a `[rows, features]` weight."""
@@ -250,22 +274,29 @@ def round_to_nearest(weight: torch.Tensor, form: WeightFormat, scales: Scales | 
     """
     import torch
 
+    form = form.for_weight(weight)
     parts = []
     for rows in row_chunks(*weight.shape):
         groups = form.grouped(weight[rows].float())
         own = form.fit(groups) if scales is None else scales.of(rows)
         parts.append(form.store(form.round(groups, own), own))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) if each.ndim else each for name, each in parts[0].items()}
+
+
+def rows_of(stored: Mapping[str, torch.Tensor], rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is stored of some rows of a weight; what all of them share stays."""
+    return {name: each[rows] if each.ndim else each for name, each in stored.items()}
 
 
 def search_clip(weight: torch.Tensor, form: WeightFormat, importance: torch.Tensor | None = None) -> Scales:
-    """Return the scales that lose least of `weight` [N, M] when it is rounded to nearest, out of SHRINKS.
+    """Return the scales that lose least of `weight` [N, M] when it is rounded to nearest, of those the format offers.
 
     A group's loss is its squared error, that of input feature j times `importance` [M], such as the mean square of what
     the feature is multiplied by.
     """
     import torch
 
+    form = form.for_weight(weight)
     weights = None if importance is None else form.grouped(importance[None].float())
     chunks = row_chunks(len(weight), weight.shape[1], SEARCH_ELEMENTS)
     parts = [_search(form.grouped(weight[rows].float()), form, weights) for rows in chunks]
@@ -277,7 +308,7 @@ def _search(groups: torch.Tensor, form: WeightFormat, importance: torch.Tensor |
 
     least = torch.full_like(groups[..., :1], torch.inf)
     best = torch.ones_like(least)
-    for shrink in SHRINKS:
+    for shrink in form.shrinks:
         scales = form.fit(groups, shrink)
         error = (form.value(form.round(groups, scales), scales) - groups).square_()
         loss = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)

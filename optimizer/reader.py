@@ -193,9 +193,9 @@ class Reader:
 def recipe_fields(kind: Any) -> dict[str, Field[Any]]:
     """Return the fields of a dataclass that a recipe may set, those of the class itself before inherited ones."""
     assert is_dataclass(kind)
-    own = inspect.get_annotations(cast(type, kind))
+    names = [name for each in cast(type, kind).__mro__ for name in inspect.get_annotations(each)]
     options = [option for option in fields(kind) if option.init and option.metadata.get("in_recipe", True)]
-    return {option.name: option for option in sorted(options, key=lambda option: option.name not in own)}
+    return {option.name: option for option in sorted(options, key=lambda option: names.index(option.name))}
 
 
 def hints(kind: Any) -> dict[str, Any]:

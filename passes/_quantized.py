@@ -13,6 +13,7 @@ from torch import nn
 from passes._formats import (
     ChannelFormat,
     IntegerFormat,
+    WeightFormat,
     integer_product,
     quantize_activations,
     quantize_affine,
@@ -21,6 +22,8 @@ from passes._formats import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from passes._errors import LayerError
 
 FILE = "quantization.json"
 OPSET = 23
@@ -43,6 +46,12 @@ class LayerSpec:
     format: IntegerFormat | ChannelFormat
     activations: Literal["float", "int8", "row", "static"]
 
+    @property
+    def weight_format(self) -> WeightFormat:
+        """Return the format, whose groups a method rounds."""
+        assert isinstance(self.format, WeightFormat)
+        return self.format
+
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> LayerSpec:
         """Return the spec that `dataclasses.asdict` wrote."""
@@ -57,10 +66,20 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What a quantizer makes of one layer: its spec and the tensors that hold its weight."""
+    """What a quantizer makes of one layer.
+
+    Attributes:
+        stored: the tensors that hold its weight.
+        rows, columns: what was folded into the weight before it was rounded: float32 [N] that the layer's outputs are
+            multiplied by, and [M] that its inputs are divided by.
+        error: how far the layer is off.
+    """
 
     spec: LayerSpec
     stored: dict[str, torch.Tensor]
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    error: LayerError | None = None
 
 
 def read_specs(folder: Path) -> dict[str, LayerSpec]:

@@ -94,7 +94,7 @@ class Skeleton:
     def loaded(self, *names: str) -> Iterator[None]:
         """Have the tensors of the named modules in memory as float32; tied ones are loaded once."""
         tensors = {tensor: stored for name in names for tensor, stored in self.tensors(name).items()}
-        with self._filled(tensors, self.read):
+        with self.filled(tensors, self.read):
             yield
 
     @contextmanager
@@ -104,11 +104,12 @@ class Skeleton:
         One that is tied, and stored as another module's, stays on the meta device.
         """
         tensors = {tensor: stored for tensor, stored in self.tensors(name).items() if self.owns(name, tensor)}
-        with self._filled(tensors, lambda tensor: self.entries[self.stored_name(tensor)].read()):
+        with self.filled(tensors, lambda tensor: self.entries[self.stored_name(tensor)].read()):
             yield
 
     @contextmanager
-    def _filled(self, tensors: Mapping[str, str], read: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    def filled(self, tensors: Mapping[str, str], read: Callable[[str], torch.Tensor]) -> Iterator[None]:
+        """Have tensors in memory, tensor name -> stored name; those stored under one name are read once."""
         shared: dict[str, torch.Tensor] = {}
         places: list[tuple[nn.Module, str]] = []
         for tensor, stored in tensors.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from passes._batches import equal_lengths, walk_groups
+from passes._errors import add_errors
 from passes._files import atomic_write
 from passes._kind import kind_of
 from passes._quantized import LayerSpec, QuantizedLayer, write_specs
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Change = Callable[[str, "PreTrainedModel", Context], Mapping[str, QuantizedLayer | torch.Tensor]]
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 TOKENS_PER_BATCH = 4096
 
 
@@ -47,16 +49,9 @@ def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Resu
 
     The tensors outside the blocks (embedding, final norm, head) stay in memory for the whole walk.
     """
-    names = {id(skeleton.module.get_submodule(name)): name for name in skeleton.blocks}
     travellers = [Traveller(skeleton.module, forward) for forward in forwards]
-    hooks = [
-        skeleton.module.get_submodule(name).register_forward_pre_hook(
-            lambda module, _: Traveller.current().stop_before(names[id(module)])
-        )
-        for name in skeleton.blocks
-    ]
     try:
-        with skeleton.loaded(*skeleton.outside()):
+        with stopping_before_blocks(skeleton), skeleton.loaded(*skeleton.outside()):
             yield from _advance(travellers, list(range(len(travellers))))
             while waiting := [index for index, t in enumerate(travellers) if t.before is not None]:
                 block = travellers[waiting[0]].before
@@ -64,25 +59,40 @@ def walk(skeleton: Skeleton, forwards: Sequence[Callable[[PreTrainedModel], Resu
                 with skeleton.loaded(block):
                     yield from _advance(travellers, [i for i in waiting if travellers[i].before == block])
     finally:
-        for hook in hooks:
-            hook.remove()
         for traveller in travellers:
             traveller.abandon()
 
 
-def walk_over(skeleton: Skeleton, sequences: Sequence[Sequence[int]]) -> None:
-    """Run the model without its head over sequences of token ids, for the sake of the hooks on its modules."""
+@contextmanager
+def stopping_before_blocks(skeleton: Skeleton) -> Iterator[None]:
+    """Have every traveller stop where it is about to enter a block."""
+
+    def entering(name: str) -> Callable[..., None]:
+        return lambda _, args, options: Traveller.current().stop_before(name, (args, options))
+
+    with ExitStack() as hooks:
+        for name in skeleton.blocks:
+            block = skeleton.module.get_submodule(name)
+            hooks.enter_context(block.register_forward_pre_hook(entering(name), with_kwargs=True))
+        yield
+
+
+def forward_without_head(skeleton: Skeleton, ids: torch.Tensor) -> Callable[[PreTrainedModel], None]:
+    """Return a forward pass of token ids [B, T] that nothing is wanted of but that it goes through the blocks."""
     options = {"use_cache": False} if kind_of(skeleton.config) == "decoder" else {}
 
-    def forward(ids: torch.Tensor) -> Callable[[PreTrainedModel], None]:
-        def run(module: PreTrainedModel) -> None:
-            module.base_model(input_ids=ids, **options)
+    def run(module: PreTrainedModel) -> None:
+        module.base_model(input_ids=ids, **options)
 
-        return run
+    return run
 
+
+def walk_over(skeleton: Skeleton, sequences: Sequence[Sequence[int]]) -> None:
+    """Run the model without its head over sequences of token ids, for the sake of the hooks on its modules."""
     lengths = [len(ids) for ids in sequences]
     for batches in walk_groups(equal_lengths(lengths, TOKENS_PER_BATCH), lengths):
-        for _ in walk(skeleton, [forward(torch.tensor([sequences[i] for i in batch])) for batch in batches]):
+        ids = [torch.tensor([sequences[i] for i in batch]) for batch in batches]
+        for _ in walk(skeleton, [forward_without_head(skeleton, each) for each in ids]):
             pass
 
 
@@ -103,6 +113,7 @@ class Traveller(Generic[Result]):
 
     Attributes:
         before: the block it is about to enter; None before the first step and at the end.
+        arguments: those of that block, and its keywords.
         outputs: what the blocks returned that it went `through`, if it is to keep that.
     """
 
@@ -120,6 +131,7 @@ class Traveller(Generic[Result]):
         self.outputs: list[Any] | None = [] if keeps else None
         self._recorded = list(reversed(recorded))
         self.before: str | None = None
+        self.arguments: Arguments = ((), {})
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._abandoned = False
         self._result: list[Result] = []
@@ -140,12 +152,12 @@ class Traveller(Generic[Result]):
         if self._error is not None:
             raise self._error
 
-    def stop_before(self, block: str) -> None:
+    def stop_before(self, block: str, arguments: Arguments = ((), {})) -> None:
         """Called in the thread, on the way into a block: wait for `advance`."""
-        self.before = block
+        self.before, self.arguments = block, arguments
         self._stopped.release()
         self._go.acquire()
-        self.before = None
+        self.before, self.arguments = None, ((), {})
         if self._abandoned:
             raise _Abandoned
 
@@ -175,7 +187,7 @@ class Traveller(Generic[Result]):
         self._go.acquire()
         try:
             if not self._abandoned:
-                with torch.inference_mode():
+                with torch.no_grad():
                     self._result.append(forward(module))
         except _Abandoned:
             pass
@@ -199,16 +211,16 @@ def run_blocks(change: Change, model: Model, ctx: Context, *, in_outline: bool =
     specs = dict(skeleton.specs)
     weight_map: dict[str, str] = {}
     for done, name in enumerate(parts):
-        path = ctx.workdir / f"{name}.safetensors"
+        path = part_file(ctx.workdir, name)
         if not _is_complete(path):
-            with nullcontext() if in_outline else skeleton.loaded_as_stored(name), torch.inference_mode():
+            with nullcontext() if in_outline else skeleton.loaded_as_stored(name), torch.no_grad():
                 changed = change(name, skeleton.module, ctx)
                 tensors = _part(skeleton, name, changed, meta_tensor if in_outline else _read)
-                written = {n: asdict(new.spec) for n, new in changed.items() if isinstance(new, QuantizedLayer)}
+                layers = {layer: new for layer, new in changed.items() if isinstance(new, QuantizedLayer)}
+                add_errors(ctx.workdir, {layer: new.error for layer, new in layers.items()})  # before: all or none
+                written = {layer: asdict(new.spec) for layer, new in layers.items()}
                 write_safetensors(path, tensors, {"quantization": json.dumps(written, sort_keys=True)})
-        specs |= {
-            layer: LayerSpec.parse(spec) for layer, spec in json.loads(read_metadata(path)["quantization"]).items()
-        }
+        specs |= specs_of_part(path)
         weight_map |= dict.fromkeys(read_header(path), path.name)
         ctx.progress(done + 1, len(parts), "parts")
     write_specs(ctx.workdir, specs)
@@ -216,6 +228,16 @@ def run_blocks(change: Change, model: Model, ctx: Context, *, in_outline: bool =
     atomic_write(ctx.workdir / INDEX_NAME, (json.dumps(index, indent=1) + "\n").encode())
     new = len(specs) - len(skeleton.specs)
     return PassResult(replace(model, folder=ctx.workdir), {"layers_quantized": new})
+
+
+def part_file(folder: Path, part: str) -> Path:
+    """Return the file of one part of a model."""
+    return folder / f"{part}.safetensors"
+
+
+def specs_of_part(path: Path) -> dict[str, LayerSpec]:
+    """Return module name -> spec of the layers that were quantized in the file of a part."""
+    return {layer: LayerSpec.parse(spec) for layer, spec in json.loads(read_metadata(path)["quantization"]).items()}
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:

@@ -1,118 +1,86 @@
-"""Round weights to the nearest integer of a low-bit format.
+"""Round weights to the nearest number of a low-bit format.
 
 Effect: Linear weights (and, if asked, embedding and head) become packed integers with one scale per group.
 Source: round-to-nearest, the baseline of Frantar et al. 2022, arXiv:2210.17323, section 2. We differ: the symmetric
-    form maps the value of largest magnitude to the most negative integer, so that all 2^bits values are used.
+    form maps the value of largest magnitude to the most negative integer, so that all 2^bits values are used. `clip`
+    looks for the range of each group that loses least: of the weights (mse), or of what they are multiplied by
+    (importance), as the clip search of Lin et al. 2023, arXiv:2306.00978, section 4, does for whole outputs.
 Changes: `weight` of nn.Linear inside the blocks; `embedding` and `lm_head` by option.   Keeps: biases, norms, shapes.
-Cost: one read of the weights; memory of the largest block or embedding table in float32.
+Cost: one read of the weights; memory of the largest block or embedding table in float32. `importance`: two forward
+    passes over the calibration texts besides, one block in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from passes._override import LayerFormat, Override
-from passes.base import BlockPass, Context, Estimate, Model, PassResult
+from passes._quantizer import Quantizer, require_texts
+from passes.base import Context, Model, PassResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
 
-    from passes._quantized import LayerSpec, QuantizedLayer
-    from passes._select import Selection
-
-WeightFormat = Literal["int8", "int4", "int2"]
+    from passes._blockwise import CalibratedBlock
+    from passes._formats import WeightFormat
+    from passes._quantized import QuantizedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeRtn(BlockPass):
-    """Round weights to the nearest integer of a low-bit format."""
+class QuantizeRtn(Quantizer):
+    """Round weights to the nearest number of a low-bit format."""
 
-    format: WeightFormat = field(default="int4", metadata={"help": "integers that Linear weights become"})
-    group_size: Literal[16, 32, 64, 128, 256, "channel"] = field(
-        default=32, metadata={"help": "input features that share a scale; channel: all of an output's"}
+    clip: Literal["none", "mse", "importance"] = field(
+        default="none",
+        metadata={"help": "range of a group: whole, or the one that loses least, of weights or of what they multiply"},
     )
-    symmetric: bool = field(default=True, metadata={"help": "no zero points: values are centred on zero"})
-    activations: Literal["int8", "float"] = field(
-        default="int8", metadata={"help": "precision of the other factor; int8 is what fast CPU kernels multiply"}
+    calibration: str | None = field(
+        default=None, metadata={"help": "entry of `data` with texts, for clip: importance", "names": "data"}
     )
-    embedding: Literal["float", "int8", "int4"] = field(
-        default="float",
-        metadata={
-            "help": "format of the token embedding; tied to lm_head, both must agree; its group divides its width"
-        },
-    )
-    lm_head: Literal["float", "int8", "int4"] = field(default="float", metadata={"help": "format of the output head"})
-    exclude: tuple[str, ...] = field(
-        default=(), metadata={"help": "layers left alone, as glob patterns on names, such as '*.down_proj'"}
-    )
-
-    overrides: tuple[Override, ...] = field(
-        default=(),
-        metadata={
-            "help": "layers in another format, each entry `{layers: PATTERNS, format: float, int8, int4 or int2}`; the "
-            "first entry that names a layer decides, `exclude` before all"
-        },
-    )
+    samples: int = field(default=128, metadata={"help": "most calibration texts", "ge": 1})
+    context: int = field(default=512, metadata={"help": "tokens of a calibration text that are read", "ge": 2})
 
     def __post_init__(self) -> None:
-        formats = {self.format, *(override.format for override in self.overrides)}
-        if "int2" in formats and self.activations == "int8" and self.group_size in (16, 256):
+        super().__post_init__()
+        require_texts(self.samples, self.context)
+        if self.clip == "importance" and self.calibration is None:
+            raise ValueError("calibration: got none, expected an entry of `data`, for clip: importance")
+        if self.clip != "importance" and self.calibration is not None:
             raise ValueError(
-                f"group_size: got {self.group_size}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
-                "multiplies int2 weights by int8 activations in other groups"
+                f"calibration: got {self.calibration!r} for clip: {self.clip}, expected it with importance"
             )
-
-    def requires(self, model: Model) -> None:
-        """Refuse patterns that name nothing, tied tables in two formats, and models without a matching layer."""
-        self._selection().require(model)
-
-    def estimate(self, model: Model, ctx: Context) -> Estimate:
-        """Count layers and bytes from the headers."""
-        return self._selection().estimate(model, ctx)
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Walk over the parts; note what has to stay in float."""
-        from passes._skeleton import build_module
+        from passes._blockwise import run_calibrated
 
-        return replace(super().run(model, ctx), note=self._selection().note(build_module(model.config, "sdpa")))
+        if self.calibration is None:
+            return super().run(model, ctx)
+        texts = ctx.calibration[self.calibration]
+        return self.noted(run_calibrated(self, self._round_block, texts, model, ctx))
 
-    def run_block(self, name: str, module: PreTrainedModel, ctx: Context) -> Mapping[str, QuantizedLayer]:
-        """Quantize every chosen layer of one part."""
-        from passes._formats import IntegerFormat, round_to_nearest
+    def rounded(self, weight: torch.Tensor, form: WeightFormat) -> dict[str, torch.Tensor]:
+        """Return what is stored of a weight [N, M] that no calibration text tells of."""
+        from passes._formats import round_to_nearest, search_clip
+
+        return round_to_nearest(weight, form, None if self.clip == "none" else search_clip(weight, form))
+
+    def _round_block(self, block: CalibratedBlock, ctx: Context) -> Mapping[str, QuantizedLayer]:
+        """Round the layers of one block, in the range that loses least of what they are multiplied by."""
+        from passes._formats import round_to_nearest, search_clip
         from passes._quantized import QuantizedLayer
-        from passes._skeleton import inside
 
+        squares: dict[str, torch.Tensor] = {}
+
+        def see(name: str, x: torch.Tensor) -> None:
+            total = x.flatten(0, -2).square().sum(0)
+            squares[name] = squares[name] + total if name in squares else total
+
+        block.watch(block.specs, see)
         layers = {}
-        for layer, spec in self._selection().specs(module).items():
-            if inside(layer, name):
-                weight, form = module.get_parameter(f"{layer}.weight"), spec.format
-                assert isinstance(form, IntegerFormat)
-                layers[layer] = QuantizedLayer(spec, round_to_nearest(weight, form))
+        for name, spec in block.specs.items():
+            weight, form = block.weight(name), spec.weight_format
+            scales = search_clip(weight, form, squares.get(name))
+            layers[name] = QuantizedLayer(spec, round_to_nearest(weight, form, scales))
         return layers
-
-    def ensures(self, before: Model, after: Model, ctx: Context) -> None:
-        """Check that exactly the chosen layers are quantized and that every scale is finite and not zero."""
-        self._selection().ensure(before, after)
-
-    def _selection(self) -> Selection:
-        from passes._select import Selection
-
-        linear, embedding, lm_head = (self._spec(each) for each in (self.format, self.embedding, self.lm_head))
-        assert linear is not None
-        overrides = tuple((pattern, self._spec(each.format)) for each in self.overrides for pattern in each.patterns)
-        return Selection(self.name(), linear, embedding, lm_head, self.exclude, overrides)
-
-    def _spec(self, chosen: LayerFormat) -> LayerSpec | None:
-        from passes._formats import IntegerFormat
-        from passes._quantized import LayerSpec
-
-        if chosen == "float":
-            return None
-        return LayerSpec(IntegerFormat(_bits(chosen), self.group_size, self.symmetric), self.activations)
-
-
-def _bits(chosen: LayerFormat) -> Literal[2, 4, 8]:
-    bits: dict[LayerFormat, Literal[2, 4, 8]] = {"int2": 2, "int4": 4, "int8": 8}
-    return bits[chosen]

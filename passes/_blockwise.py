@@ -100,6 +100,19 @@ class CalibratedBlock:
                 break
         return found
 
+    def readers(self) -> list[list[str]]:
+        """Return the layers in the order in which they are run, those that read the same input together."""
+        inputs: dict[str, torch.Tensor] = {}
+        next(self._watched(self.specs, inputs.__setitem__), None)
+        together: list[list[str]] = []
+        for name in (*inputs, *(name for name in self.specs if name not in inputs)):  # an expert may come later
+            before = together[-1][0] if together else ""
+            if name in inputs and before in inputs and inputs[before] is inputs[name]:
+                together[-1].append(name)
+            else:
+                together.append([name])
+        return together
+
     def _watched(self, names: Collection[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
         """Show one batch after the other to `see`."""
         waited: set[str] = set()

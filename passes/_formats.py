@@ -288,6 +288,14 @@ def rows_of(stored: Mapping[str, torch.Tensor], rows: slice | torch.Tensor) -> d
     return {name: each[rows] if each.ndim else each for name, each in stored.items()}
 
 
+def rounded(weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """Return what `weight` [N, M] is worth when each value is rounded to the nearest the format has, float32."""
+    form = form.for_weight(weight)
+    groups = form.grouped(weight.float())
+    scales = form.fit(groups)
+    return form.value(form.round(groups, scales), scales).flatten(1)[:, : weight.shape[1]]
+
+
 def search_clip(weight: torch.Tensor, form: WeightFormat, importance: torch.Tensor | None = None) -> Scales:
     """Return the scales that lose least of `weight` [N, M] when it is rounded to nearest, of those the format offers.
 

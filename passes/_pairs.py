@@ -8,7 +8,7 @@ the block's output is what it was, nothing else reads it. No names and no list o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,44 @@ def find_pairs(skeleton: Skeleton, ids: Sequence[int]) -> Found:
     return found
 
 
+def pairs_of_block(name: str, block: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> Found:
+    """Try every norm and linear layer of one block, whose weights are in memory, on one batch."""
+    found = Found()
+    _Block(name, block, args, options).examine(found)
+    return found
+
+
+def fold(
+    pair: Pair, scales: torch.Tensor, layer: Callable[[str], nn.Module], new: MutableMapping[str, torch.Tensor]
+) -> None:
+    """Divide the output of a pair's source by `scales` per channel, and multiply the weights of its readers by them.
+
+    Args:
+        pair: none of its scales has been folded in yet.
+        scales: float32, one for each channel of the source.
+        layer: gives a layer by its name.
+        new: tensor name -> values in float32 that replace those of a layer; what changes is put there. What is there
+            already, of a pair that shares a layer with this one, is changed further.
+    """
+
+    def now(tensor: str) -> torch.Tensor:
+        module, _, leaf = tensor.rpartition(".")
+        return new[tensor] if tensor in new else layer(module).get_parameter(leaf).float()
+
+    factors = scales[pair.channels]
+    for reader in pair.readers:
+        is_last = input_axis(layer(reader)) == 1
+        new[f"{reader}.weight"] = now(f"{reader}.weight") * (factors if is_last else factors[:, None])
+    source, name = layer(pair.source), f"{pair.source}.weight"
+    if pair.gain_offset is not None:
+        scaled = scaled_norm(source, pair.gain_offset, 1 / scales)
+        new.update({f"{pair.source}.{leaf}": value for leaf, value in scaled.items()})
+        return
+    new[name] = now(name) / (scales[:, None] if input_axis(source) == 1 else scales)
+    if getattr(source, "bias", None) is not None:
+        new[f"{pair.source}.bias"] = now(f"{pair.source}.bias") / scales
+
+
 def input_axis(layer: nn.Module) -> int:
     """Return the axis of a linear layer's weight that its input features lie on: GPT-2 stores weights transposed."""
     return 1 if isinstance(layer, nn.Linear) else 0
@@ -82,7 +120,7 @@ def is_linear(module: nn.Module) -> bool:
 class _Block:
     """A block that can be run again as it was just run, with factors put on outputs and inputs of its layers."""
 
-    def __init__(self, name: str, block: nn.Module, args: Any, options: Any) -> None:
+    def __init__(self, name: str, block: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         self.block, self.args, self.options = block, args, options
         children = {f"{name}.{child}": module for child, module in block.named_modules()}
         self.linears = {child: module for child, module in children.items() if is_linear(module)}

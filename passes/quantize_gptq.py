@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 FEATURES = 128
 """That are rounded one by one before all those to come are corrected at once."""
-PANEL = 1024
-"""Rows of H that are computed at once: what lies below its diagonal is not, but for that panel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,7 @@ class QuantizeGptq(CalibratedQuantizer):
 
     def quantize_block(self, block: CalibratedBlock, ctx: Context) -> Mapping[str, QuantizedLayer]:
         """Round the layers of one block; one that no token reaches is rounded to nearest."""
+        from passes._gram import gram_matrices
         from passes._quantized import QuantizedLayer
 
         readers = block.readers()
@@ -67,23 +66,6 @@ class QuantizeGptq(CalibratedQuantizer):
                 )
                 layers[name] = QuantizedLayer(spec, stored)
         return layers
-
-
-def gram_matrices(block: CalibratedBlock, names: list[str]) -> dict[str, torch.Tensor]:
-    """Return layer name -> X^T X [M, M] of its input over all tokens, float32; without those that no token reaches."""
-    grams: dict[str, torch.Tensor] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        x = x.flatten(0, -2)
-        if name not in grams:
-            grams[name] = x.new_zeros(x.shape[1], x.shape[1])
-        for start in range(0, x.shape[1], PANEL):
-            grams[name][start : start + PANEL, start:].addmm_(x[:, start : start + PANEL].T, x[:, start:])
-
-    block.watch(names, see)
-    for gram in grams.values():
-        gram.copy_(gram.triu() + gram.triu(1).T)
-    return grams
 
 
 def solved(weight: torch.Tensor, gram: torch.Tensor, form: WeightFormat, damping: float) -> tuple[torch.Tensor, Scales]:

@@ -164,30 +164,19 @@ def _fold(
     ctx: Context,
 ) -> dict[str, torch.Tensor]:
     """Return tensor name -> new values of the layers of one part; a layer may read one pair and be another's source."""
-    from passes._pairs import input_axis, output_width, scaled_norm
+    from passes._pairs import fold, input_axis, output_width
     from passes._skeleton import inside
 
     new: dict[str, torch.Tensor] = {}
-
-    def now(tensor: str) -> torch.Tensor:
-        return new[tensor] if tensor in new else module.get_parameter(tensor).float()
-
     for pair in (pair for pair in pairs if inside(pair.source, part)):
-        source = module.get_submodule(pair.source)
-        weights = {f"{name}.weight": input_axis(module.get_submodule(name)) for name in pair.readers}
-        columns = [now(name).abs().amax(1 - axis) for name, axis in weights.items()]
-        scales = _scales(pair, [largest[name] for name in pair.readers], columns, output_width(source), alpha)
-        for name, axis in weights.items():
-            factors = scales[pair.channels]
-            new[name] = now(name) * (factors if axis == 1 else factors[:, None])
-        if pair.gain_offset is not None:
-            scaled = scaled_norm(source, pair.gain_offset, 1 / scales)
-            new |= {f"{pair.source}.{leaf}": value for leaf, value in scaled.items()}
-            continue
-        name = f"{pair.source}.weight"
-        new[name] = now(name) / (scales[:, None] if input_axis(source) == 1 else scales)
-        if getattr(source, "bias", None) is not None:
-            new[f"{pair.source}.bias"] = now(f"{pair.source}.bias") / scales
+        columns = []
+        for name in pair.readers:
+            tensor = f"{name}.weight"
+            weight = new[tensor] if tensor in new else module.get_parameter(tensor).float()
+            columns.append(weight.abs().amax(1 - input_axis(module.get_submodule(name))))
+        width = output_width(module.get_submodule(pair.source))
+        scales = _scales(pair, [largest[name] for name in pair.readers], columns, width, alpha)
+        fold(pair, scales, module.get_submodule, new)
     return new
 
 

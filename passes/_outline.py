@@ -72,11 +72,11 @@ def outline_quantized(specs: Mapping[str, LayerSpec], model: Model, ctx: Context
     return run_blocks(change, model, ctx, in_outline=True).model
 
 
-def outline_float32(model: Model, ctx: Context) -> Model:
-    """Write the outline of a torch stage all of whose blocks become float32."""
+def outline_float32(model: Model, ctx: Context, *, outside: bool = False) -> Model:
+    """Write the outline of a torch stage all of whose blocks become float32, and all `outside`, tied tables apart."""
 
     def change(part: str, module: PreTrainedModel, _: Context) -> dict[str, torch.Tensor]:
-        if part not in block_names(module):
+        if not outside and part not in block_names(module):
             return {}
         return {f"{part}.{name}": value for name, value in module.get_submodule(part).named_parameters()}
 

@@ -21,7 +21,7 @@ from passes._walk import walk_over
 if TYPE_CHECKING:
     from passes._skeleton import Skeleton
 
-Factors = Mapping[str, torch.Tensor]
+Functions = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 TOLERANCE = 1e-5
 """Error of a block's output over its range: factors go through float32 products and divisions (1e-6)."""
 PROBE_TOKENS = 32
@@ -56,21 +56,38 @@ def find_pairs(skeleton: Skeleton, ids: Sequence[int]) -> Found:
     """Try every norm and linear layer inside the blocks, on one text, one block in memory at a time."""
     found = Found()
 
+    def see(name: str, block: nn.Module, args: Any, options: Any, _: Any) -> None:
+        find_in(block_trial(name, block, args, options), found)
+
+    on_every_block(skeleton, ids, see)
+    return found
+
+
+def on_every_block(
+    skeleton: Skeleton, ids: Sequence[int], see: Callable[[str, nn.Module, Any, Any, Any], None]
+) -> None:
+    """Call `see` with name, block, arguments and output of each block on a few tokens, one block in memory."""
+
     def enter(name: str) -> Callable[..., None]:
-        return lambda block, args, options, _: _Block(name, block, args, options).examine(found)
+        return lambda block, args, options, out: see(name, block, args, options, out)
 
     with ExitStack() as hooks:
         for name in skeleton.blocks:
             block = skeleton.module.get_submodule(name)
             hooks.enter_context(block.register_forward_hook(enter(name), with_kwargs=True))
         walk_over(skeleton, [ids[:PROBE_TOKENS]])
-    return found
+
+
+def block_trial(name: str, block: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> Trial:
+    """Return a trial of a block, its layers by their full names."""
+    children = {f"{name}.{child}": module for child, module in block.named_modules()}
+    return Trial(children, lambda: block.forward(*args, **options))
 
 
 def pairs_of_block(name: str, block: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> Found:
     """Try every norm and linear layer of one block, whose weights are in memory, on one batch."""
     found = Found()
-    _Block(name, block, args, options).examine(found)
+    find_in(block_trial(name, block, args, options), found)
     return found
 
 
@@ -117,77 +134,99 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-class _Block:
-    """A block that can be run again as it was just run, with factors put on outputs and inputs of its layers."""
+class Trial:
+    """Code that can be run again as it was just run, with functions put on outputs and inputs of its layers.
 
-    def __init__(self, name: str, block: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        self.block, self.args, self.options = block, args, options
-        children = {f"{name}.{child}": module for child, module in block.named_modules()}
-        self.linears = {child: module for child, module in children.items() if is_linear(module)}
-        self.norms = {child: module for child, module in children.items() if _is_norm(module)}
+    Attributes:
+        modules: name -> module, all that a function can be put on the output of.
+        linears, norms: those of them.
+        out: what the code returns, the first of it if it is several.
+        inputs: of every linear layer [T, M].
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], forward: Callable[[], Any]) -> None:
+        self.modules, self._forward = modules, forward
+        self.linears = {name: module for name, module in modules.items() if is_linear(module)}
+        self.norms = {name: module for name, module in modules.items() if _is_norm(module)}
         self.out, self.inputs = self.run({}, {})
 
-    def examine(self, found: Found) -> None:
-        """Try every norm and linear layer of the block."""
-        for source in (*self.norms, *self.linears):
-            self._examine(source, found)
-        read = {reader for pair in found.pairs for reader in pair.readers}
-        for linear in self.linears:
-            if linear in read:
-                found.refusals.pop(linear, None)
-            else:
-                found.refusals.setdefault(linear, "no norm or linear layer of its block reaches it channel by channel")
+    def run(
+        self, leaving: Functions, entering: Functions, forward: Callable[[], Any] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what the code returns, and the input of every linear layer before its function.
 
-    def run(self, multiplied: Factors, divided: Factors) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the block's output, and the input of every linear layer before it is divided."""
+        Args:
+            leaving: module -> function of its output.
+            entering: linear layer -> function of its input.
+            forward: runs in the place of the code.
+        """
         inputs: dict[str, torch.Tensor] = {}
 
         def enter(name: str) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
                 inputs[name] = args[0].flatten(0, -2)
-                return (args[0] / divided[name], *args[1:]) if name in divided else args
+                return (entering[name](args[0]), *args[1:]) if name in entering else args
 
             return hook
 
-        def leave(factors: torch.Tensor) -> Callable[..., torch.Tensor]:
-            return lambda _, __, out: out * factors
+        def leave(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+            return lambda _, __, out: change(out)
 
-        modules = self.norms | self.linears
         with ExitStack() as hooks:
             for name, module in self.linears.items():
                 hooks.enter_context(module.register_forward_pre_hook(enter(name)))
-            for name, factors in multiplied.items():
-                hooks.enter_context(modules[name].register_forward_hook(leave(factors)))
-            out = self.block.forward(*self.args, **self.options)
+            for name, change in leaving.items():
+                hooks.enter_context(self.modules[name].register_forward_hook(leave(change)))
+            out = (forward or self._forward)()
         return (out if isinstance(out, torch.Tensor) else out[0]), inputs
 
-    def _examine(self, source: str, found: Found) -> None:
-        module = (self.norms | self.linears)[source]
-        factors = torch.linspace(0.5, 2, output_width(module))
-        _, inputs = self.run({source: factors}, {})
-        tried = {name: _channels(x, inputs[name], factors) for name, x in self.inputs.items() if name in inputs}
-        maps = {name: channels for name, channels in tried.items() if channels is not None}
-        if not maps:
-            return
-        offset = None if source in self.linears else _gain_offset(module)
-        reason = self._refusal(source, offset, factors, maps)
-        if reason:
-            found.refusals |= dict.fromkeys(maps, reason)
-        else:
-            found.pairs.append(Pair(source, offset, tuple(maps), next(iter(maps.values()))))
 
-    def _refusal(self, source: str, offset: float | None, factors: torch.Tensor, maps: Factors) -> str:
-        """Return why a layer that is read by those of `maps` cannot be scaled, "" if it can."""
-        first = next(iter(maps.values()))
-        if not all(torch.equal(channels, first) for channels in maps.values()):
-            return f"{source} reaches {' and '.join(maps)} in different orders"
-        out, _ = self.run({source: factors}, {name: factors[channels] for name, channels in maps.items()})
-        error = float((out - self.out).abs().max() / (self.out.max() - self.out.min()).clamp(min=1e-30))
-        if not error <= TOLERANCE:
-            return f"{source} is read by more than linear layers, such as a residual"
-        if source in self.norms and offset is None:
-            return f"the gain of {source} is neither its weight nor one more"
-        return ""
+def find_in(trial: Trial, found: Found) -> None:
+    """Try every norm and linear layer of a trial."""
+    for source in (*trial.norms, *trial.linears):
+        _examine(trial, source, found)
+    read = {reader for pair in found.pairs for reader in pair.readers}
+    for linear in trial.linears:
+        if linear in read:
+            found.refusals.pop(linear, None)
+        else:
+            found.refusals.setdefault(linear, "no norm or linear layer of its block reaches it channel by channel")
+
+
+def _examine(trial: Trial, source: str, found: Found) -> None:
+    module = trial.modules[source]
+    factors = torch.linspace(0.5, 2, output_width(module))
+    _, inputs = trial.run({source: lambda out: out * factors}, {})
+    tried = {name: _channels(x, inputs[name], factors) for name, x in trial.inputs.items() if name in inputs}
+    maps = {name: channels for name, channels in tried.items() if channels is not None}
+    if not maps:
+        return
+    offset = None if source in trial.linears else _gain_offset(module)
+    reason = _refusal(trial, source, offset, factors, maps)
+    if reason:
+        found.refusals |= dict.fromkeys(maps, reason)
+    else:
+        found.pairs.append(Pair(source, offset, tuple(maps), next(iter(maps.values()))))
+
+
+def _refusal(
+    trial: Trial, source: str, offset: float | None, factors: torch.Tensor, maps: Mapping[str, torch.Tensor]
+) -> str:
+    """Return why a layer that is read by those of `maps` cannot be scaled, "" if it can."""
+    first = next(iter(maps.values()))
+    if not all(torch.equal(channels, first) for channels in maps.values()):
+        return f"{source} reaches {' and '.join(maps)} in different orders"
+    out, _ = trial.run({source: lambda out: out * factors}, dict.fromkeys(maps, lambda x: x / factors[first]))
+    if not relative_error(out, trial.out) <= TOLERANCE:
+        return f"{source} is read by more than linear layers, such as a residual"
+    if source in trial.norms and offset is None:
+        return f"the gain of {source} is neither its weight nor one more"
+    return ""
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the largest difference over the range of `want`."""
+    return float((got - want).abs().max() / (want.max() - want.min()).clamp(min=1e-30))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -237,7 +276,7 @@ def _gain_offset(norm: nn.Module) -> float | None:
     except (TypeError, AttributeError):  # its other tensors have no default, or None
         return None
     for offset in (0.0, 1.0):
-        with _replaced(norm, scaled_norm(norm, offset, factors)):
+        with replaced(norm, scaled_norm(norm, offset, factors)):
             got = norm(x)
         if torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max())):
             return offset
@@ -252,7 +291,8 @@ def scaled_norm(norm: nn.Module, offset: float, factors: torch.Tensor) -> dict[s
 
 
 @contextmanager
-def _replaced(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Have other values for some parameters of a module."""
     kept = dict(module._parameters)
     module._parameters |= {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
     try:

@@ -250,10 +250,13 @@ def _part(
     changed: Mapping[str, QuantizedLayer | torch.Tensor],
     read: Callable[[StoredTensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Return what is stored of one part: what was changed as given, all else as it was, tied tensors by their owner."""
+    """Return what is stored of one part: what was changed as given, all else as it was, tied tensors by their owner.
+
+    A tied tensor that has new values under a name which is not its owner's is tied no more.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for tensor in skeleton.tensors(name):
-        if not skeleton.owns(name, tensor):
+        if not skeleton.owns(name, tensor) and tensor not in changed:
             continue
         layer, _, leaf = tensor.rpartition(".")
         quantized, new = changed.get(layer), changed.get(tensor)

@@ -90,7 +90,8 @@ def _random(order: int, generator: torch.Generator) -> torch.Tensor:
     """Return a random orthogonal matrix whose first column is constant."""
     drawn = torch.randn(order, order, generator=generator, dtype=torch.float64)
     drawn[:, 0] = 1
-    return torch.linalg.qr(drawn)[0]
+    orthogonal: torch.Tensor = torch.linalg.qr(drawn)[0]
+    return orthogonal
 
 
 def _paley_1(q: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,7 @@ def find_stream(skeleton: Skeleton, ids: Sequence[int], seed: int) -> Stream:
         _examine_block(name, block_trial(name, block, args, options), stream, seed, run_turned)
 
     on_every_block(skeleton, ids, see)
-    with torch.inference_mode(), skeleton.loaded(*skeleton.outside()):
+    with torch.no_grad(), skeleton.loaded(*skeleton.outside()):
         _examine_outside(skeleton, torch.tensor([list(ids[: ends[0].shape[1]])]), ends[0], ends[1], stream, seed)
     return stream
 
@@ -219,9 +220,12 @@ def _examine_outside(
     def run(states: torch.Tensor) -> Any:
         """Run the model with blocks that return `states`."""
         entered.clear()
-        with _stand_ins(
-            skeleton, lambda *args, **named: (entered.append(_stream_in(args, named)), _as(last, states))[1]
-        ):
+
+        def stand_in(*args: Any, **named: Any) -> Any:
+            entered.append(_stream_in(args, named))
+            return states if isinstance(last, torch.Tensor) else (states, *last[1:])
+
+        with _stand_ins(skeleton, stand_in):
             return skeleton.module(input_ids=ids, **options)
 
     left = last if isinstance(last, torch.Tensor) else last[0]
@@ -275,8 +279,12 @@ def _out_turned(
             norm = trial.modules[pair.source]
             gain, bias = gain_and_bias(norm, pair.gain_offset)
             kept.enter_context(replaced(norm, plain_norm(norm, pair.gain_offset)))
-            back |= dict.fromkeys(pair.readers, lambda x, g=gain, b=bias: turn.back(x).float() * g + b)
+            back |= dict.fromkeys(pair.readers, partial(_turned_back, turn, gain, bias))
         return trial.run(dict.fromkeys(writers, lambda out: turn(out).float()), back, forward)[0]
+
+
+def _turned_back(turn: Turn, gain: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return turn.back(x).float() * gain + bias
 
 
 def _is_centred(norm: nn.Module) -> bool:
@@ -289,8 +297,3 @@ def _stream_in(args: Sequence[Any], options: Any) -> torch.Tensor:
     """Return the hidden states [B, T, D] among a block's arguments: the first of three axes."""
     given = (each for each in (*args, *options.values()) if isinstance(each, torch.Tensor) and each.ndim == 3)
     return next(given)
-
-
-def _as(out: Any, states: torch.Tensor) -> Any:
-    """Return `states` in the form in which a block returned `out`."""
-    return states if isinstance(out, torch.Tensor) else (states, *out[1:])

@@ -156,7 +156,7 @@ def _turned(name: str, layer: nn.Module, stream: Stream, skeleton: Skeleton, see
     """Return weight and bias of a linear layer or a table; a tied table that is not in memory is read."""
     from passes._pairs import input_axis, is_linear
 
-    roles, weight = stream.layers[name], layer.get_parameter("weight")
+    roles, weight = stream.layers[name], layer.get_parameter("weight").data
     weight = skeleton.read(f"{name}.weight") if weight.is_meta else weight
     axis = input_axis(layer) if is_linear(layer) else 0  # a table's rows are tokens, its columns what it writes
     new = {}

@@ -30,10 +30,13 @@ RECIPE = """\
 name: {name}
 model: {model}
 target: {{device: cpu, threads: {threads}}}
+data:
+  calibration: {{json: {texts}, text: text}}
 passes:
-  - quantize_rtn: {{format: int4, group_size: {group_size}, embedding: {head}, lm_head: {head}}}
+  - {method}: {{format: int4, group_size: {group_size}, embedding: {head}, lm_head: {head}{calibration}}}
   - export_onnx
 {fusions}"""
+CALIBRATION = ROOT / "recipes" / "data" / "stdlib-calibration.jsonl"
 FUSIONS = ("fuse_gqa", "fuse_norm")
 """The default chain's; `fusions.py` measures what each of them gains."""
 
@@ -50,6 +53,8 @@ class Job:
         source: the Hugging Face folder.
         home: a folder of its own for recipe, store and artifact.
         head: format of the head and of the embedding tied to it.
+        method: the pass that quantizes; all but quantize_rtn are calibrated.
+        samples: calibration texts, of up to 512 tokens each.
     """
 
     source: Path
@@ -58,6 +63,8 @@ class Job:
     threads: int = 2
     fusions: tuple[str, ...] = FUSIONS
     head: str = "int4"
+    method: str = "quantize_rtn"
+    samples: int = 128
 
     @property
     def artifact(self) -> Path:
@@ -71,7 +78,9 @@ class Job:
         recipe = self.home / "recipe.yaml"
         name = f"{self.source.name}-int4-g{self.group_size}"
         fields = {"name": name, "model": self.source, "threads": self.threads, "group_size": self.group_size}
-        fields["head"] = self.head
+        fields |= {"head": self.head, "method": self.method, "texts": CALIBRATION}
+        is_calibrated = self.method != "quantize_rtn"
+        fields["calibration"] = f", calibration: calibration, samples: {self.samples}" if is_calibrated else ""
         fields["fusions"] = "".join(f"  - {fusion}\n" for fusion in self.fusions)
         recipe.write_text(RECIPE.format_map(fields))
         return [sys.executable, "-m", "optimizer.cli", str(recipe), "--output", str(self.artifact), "--json"]

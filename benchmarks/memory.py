@@ -8,6 +8,7 @@ of its own, as a server would load it; what that one needs grows with the artifa
 Random bf16 weights are written shard by shard by another process.
 
     python benchmarks/memory.py --work DIR
+    python benchmarks/memory.py --work DIR --shape llama-3.2-3b --depths 28 --method quantize_gptq
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ def measure(depth: int, options: argparse.Namespace) -> tuple[int, Peak]:
     try:
         subprocess.run([*writer, "--layers", str(depth)], check=True, stdout=subprocess.DEVNULL)
         weights_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        job = Job(source, work / "job", options.group_size, options.threads)
+        job = Job(
+            source, work / "job", options.group_size, options.threads, method=options.method, samples=options.samples
+        )
         return weights_bytes, watch(job.prepare(), dict(job.environment()), work / f"{depth}.log")
     finally:
         shutil.rmtree(source, ignore_errors=True)
@@ -125,6 +128,8 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--method", default="quantize_rtn", help="the pass that quantizes")
+    parser.add_argument("--samples", type=int, default=128, help="calibration texts of 512 tokens, 105 at most")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
     about = machine() | {"threads": str(options.threads)}
@@ -147,7 +152,13 @@ def main() -> None:
         "seconds",
     ]
     libraries = versions(LIBRARIES)
-    print(header(f"Peak memory of lowering {options.shape} to int4 g{options.group_size}", about, libraries))
+    print(
+        header(
+            f"Peak memory of lowering {options.shape} to int4 g{options.group_size} by {options.method}",
+            about,
+            libraries,
+        )
+    )
     print(table(columns, rows))
     first, last = peaks[options.depths[0]], peaks[options.depths[-1]]
     print(

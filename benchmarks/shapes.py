@@ -109,6 +109,27 @@ SHAPES = {
                 "original_max_position_embeddings": 8192,
             },
         ),
+        Shape(
+            name="llama-3.2-3b",
+            model_type="llama",
+            architecture="LlamaForCausalLM",
+            width=3072,
+            feed_forward=8192,
+            layers=28,
+            heads=24,
+            kv_heads=8,
+            head_width=128,
+            vocabulary=128256,
+            context=131072,
+            rope_theta=5e5,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
     )
 }
 

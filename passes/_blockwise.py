@@ -20,6 +20,7 @@ from torch import nn
 from passes._batches import equal_lengths
 from passes._errors import judged, kept_rtn, read_errors
 from passes._formats import quantize_activations
+from passes._outline import walking_bytes
 from passes._quantized import LayerSpec, QuantizedLayer
 from passes._safetensors import read_header, read_tensor
 from passes._skeleton import Skeleton
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
     from passes._quantizer import Quantizer
 
+STATES_PER_TOKEN = 4
+"""As wide as a block's widest layer, that are in memory while a batch runs through the block."""
 JUDGED_TOKENS = 2048
 """Tokens on which the error of a layer's output is measured."""
 
@@ -160,6 +163,16 @@ def run_calibrated(
         result = run_blocks(change, model, ctx)
     changes = {"layers_kept_rtn": len(kept_rtn(read_errors(ctx.workdir))), "calibration_tokens": sum(map(len, texts))}
     return replace(result, changes={**result.changes, **changes})
+
+
+def calibrated_bytes(model: Model, tokens: int) -> int:
+    """Return the memory of a calibrated walk: the largest block twice, the states of all texts, and a batch's."""
+    skeleton = Skeleton(model)
+    weights = [each for name in skeleton.blocks for each in skeleton.module.get_submodule(name).parameters()]
+    width = int(skeleton.module.get_input_embeddings().get_parameter("weight").shape[1])
+    widest = max((max(weight.shape) for weight in weights), default=width)
+    states = 4 * (tokens * width + STATES_PER_TOKEN * TOKENS_PER_BATCH * widest)
+    return 2 * walking_bytes(model) + states
 
 
 class CalibrationWalk:

@@ -141,6 +141,13 @@ class CalibratedQuantizer(Quantizer):
         super().__post_init__()
         require_texts(self.samples, self.context)
 
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        """Count layers and bytes from the headers, and the memory of as many texts as it may be given."""
+        from passes._blockwise import calibrated_bytes
+
+        peak = calibrated_bytes(model, self.samples * self.context)
+        return replace(super().estimate(model, ctx), peak_bytes=peak)
+
     @abstractmethod
     def quantize_block(self, block: CalibratedBlock, ctx: Context) -> Mapping[str, QuantizedLayer | torch.Tensor]:
         """Return module name -> quantized layer for those of `block.specs`; tensor name -> new values of others.

@@ -14,11 +14,11 @@ Cost: two forward passes over the calibration texts and X^T X of each linear lay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from passes._quantizer import CalibratedQuantizer
-from passes.base import Context, PassError
+from passes.base import Context, Estimate, Model, PassError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FEATURES = 128
 """That are rounded one by one before all those to come are corrected at once."""
+FACTOR_BYTES = 24
+"""For each number of X^T X: two of 8 bytes and two of 4 at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,20 @@ class QuantizeGptq(CalibratedQuantizer):
         super().__post_init__()
         if not self.damping >= 0:
             raise ValueError(f"damping: got {self.damping}, expected 0 or more")
+
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        """Count layers and bytes from the headers; a wide layer's factor, in float64, is what takes most memory."""
+        from passes._skeleton import Skeleton
+
+        estimate = super().estimate(model, ctx)
+        skeleton = Skeleton(model)
+        chosen = [
+            skeleton.module.get_parameter(f"{name}.weight")
+            for block in skeleton.blocks[:1]
+            for name in self.chosen(block, skeleton.module)
+        ]
+        widest = max((weight.shape[1] for weight in chosen), default=0)
+        return replace(estimate, peak_bytes=estimate.peak_bytes + FACTOR_BYTES * widest**2)
 
     def quantize_block(self, block: CalibratedBlock, ctx: Context) -> Mapping[str, QuantizedLayer]:
         """Round the layers of one block; one that no token reaches is rounded to nearest."""
@@ -81,7 +97,7 @@ def solved(weight: torch.Tensor, gram: torch.Tensor, form: WeightFormat, damping
     scales = search_clip(groups.flatten(1), form, importance)
     order = importance.argsort(descending=True, stable=True)
     of_groups = Scales(*(each[..., 0].T.contiguous() for each in scales))  # [G, N]
-    feedback = unit_factor(gram[order][:, order], damping)
+    feedback = unit_factor(gram, order, damping)
     codes = torch.empty(order.shape[0], len(weight))
     codes[order] = rounded_in_turn(
         groups.flatten(1).T[order].contiguous(), feedback, form, of_groups, order // groups.shape[2]
@@ -89,22 +105,25 @@ def solved(weight: torch.Tensor, gram: torch.Tensor, form: WeightFormat, damping
     return codes.T.reshape(groups.shape), scales
 
 
-def unit_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return U of `gram` = U D U^T [M, M], upper triangular with ones on its diagonal; noise on each feature before.
+def unit_factor(gram: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """Return U [M, M] of `gram` = U D U^T, upper triangular with ones on its diagonal, after noise on each feature.
+
+    Rows and columns of U are in `order`, an int64 permutation of the features.
 
     Raises:
         PassError: without noise, `gram` has no such factor.
     """
     import torch
 
-    damped = gram.double()
+    reverse = order.flip(0)  # the Cholesky factor of a matrix upside down is an upper one of the matrix
+    damped = gram[reverse][:, reverse].double()
     square = damped.diagonal()
     square.copy_(torch.where(square > 0, square * (1 + damping), 1.0))  # a feature that is always zero corrects none
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(damped)
     if failed:
         raise PassError(f"quantize_gptq: damping: got {damping}, with which X^T X has no Cholesky factor; give 0.01")
-    upper: torch.Tensor = lower.flip(0, 1)
-    return (upper / upper.diagonal()).float()
+    upper: torch.Tensor = lower.div_(lower.diagonal().clone()).float().flip(0, 1)
+    return upper
 
 
 def rounded_in_turn(

@@ -13,11 +13,11 @@ Cost: one read of the weights; memory of the largest block or embedding table in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from passes._quantizer import Quantizer, require_texts
-from passes.base import Context, Model, PassResult
+from passes.base import Context, Estimate, Model, PassResult
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,15 @@ class QuantizeRtn(Quantizer):
             raise ValueError(
                 f"calibration: got {self.calibration!r} for clip: {self.clip}, expected it with importance"
             )
+
+    def estimate(self, model: Model, ctx: Context) -> Estimate:
+        """Count layers and bytes from the headers."""
+        from passes._blockwise import calibrated_bytes
+
+        estimate = super().estimate(model, ctx)
+        if self.calibration is None:
+            return estimate
+        return replace(estimate, peak_bytes=calibrated_bytes(model, self.samples * self.context))
 
     def run(self, model: Model, ctx: Context) -> PassResult:
         """Walk over the parts; note what has to stay in float."""

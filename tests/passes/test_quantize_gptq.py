@@ -46,7 +46,7 @@ def test_two_features_worked_by_hand() -> None:
     weight = torch.tensor([[0.4], [0.4]])  # by input feature, one output
     gram = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
     # H = U D U^T with U = [[1, 1/2], [0, 1]] and D = diag(7/2, 2)
-    feedback = unit_factor(gram, 0.0)
+    feedback = unit_factor(gram, torch.arange(2), 0.0)
     torch.testing.assert_close(feedback, torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
     form, ones = IntegerFormat(4, 16), Scales(torch.ones(1, 1), torch.full((1, 1), 8.0))
     codes = rounded_in_turn(weight, feedback, form, ones, torch.zeros(2, dtype=torch.int64))
@@ -72,7 +72,7 @@ def test_it_is_the_rounding_of_the_paper(seed: int, features: int, bits: int) ->
         left[:, k:] -= error[:, None] * upper[k, k:]
     codes = rounded_in_turn(
         weight.T.contiguous(),
-        unit_factor(gram, 0.01).double(),
+        unit_factor(gram, torch.arange(features), 0.01).double(),
         form,
         Scales(scale, zero),
         torch.zeros(features, dtype=int),
@@ -111,8 +111,8 @@ def test_a_feature_that_is_always_zero_is_rounded_to_nearest_and_moves_no_other(
 def test_inputs_that_are_copies_of_each_other_want_damping() -> None:
     one = torch.ones(2, 2)
     with pytest.raises(PassError, match=r"^quantize_gptq: damping: got 0.0, with which X\^T X has no Cholesky factor"):
-        unit_factor(one, 0.0)
-    assert unit_factor(one, 0.01)[0, 1] == pytest.approx(1 / 1.01)
+        unit_factor(one, torch.arange(2), 0.0)
+    assert unit_factor(one, torch.arange(2), 0.01)[0, 1] == pytest.approx(1 / 1.01)
     with pytest.raises(ValueError, match=r"^damping: got -0.1, expected 0 or more"):
         QuantizeGptq(calibration=CALIBRATION, damping=-0.1)
 

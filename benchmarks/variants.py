@@ -102,6 +102,7 @@ def variants() -> list[Variant]:
     return [
         ours(32, "int8", (EQUAL,)),
         ours(128, "int8", (EQUAL,)),
+        ours(128, "int8", (EQUAL,), "ours g128, int8 head, INT8 prompts", (*FUSIONS, "quantize_prefill")),
         ours(32, "int4", (BEST,)),
         ours(128, "int4", (BEST,)),
         llama_cpp("q8_0", "flash", (EQUAL,)),

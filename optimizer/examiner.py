@@ -299,7 +299,9 @@ def weights_bytes(model: Model) -> int:
         from passes._safetensors import weight_files
 
         return sum(path.stat().st_size for path in weight_files(model.folder))
-    return sum(path.stat().st_size for path in model.folder.glob("model.onnx*"))
+    from passes._graph import weight_bytes
+
+    return weight_bytes(model.folder)
 
 
 def scorer_of(model: Model, kind: str, threads: int, alone: bool = False) -> Any:

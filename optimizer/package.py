@@ -198,7 +198,9 @@ def _options_text(options: Mapping[str, Any]) -> str:
 
 
 def _copy_model(model: Model, folder: Path) -> None:
-    for name in (GRAPH, f"{GRAPH}.data"):
+    from passes._graph import graph_files
+
+    for name in graph_files(model.folder):
         shutil.copyfile(model.folder / name, folder / name)
     (folder / "config.json").write_text(json.dumps(model.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -212,6 +214,8 @@ def _copy_assets(assets: Path, folder: Path) -> None:
 
 
 def _describe(source: Source, model: Model, folder: Path) -> Manifest:
+    from passes._graph import graph_files
+
     config = model.config
     inputs, outputs = _signature(folder / GRAPH)
     labels = None
@@ -221,7 +225,7 @@ def _describe(source: Source, model: Model, folder: Path) -> Manifest:
         labels = tuple(label for _, label in sorted((int(index), str(label)) for index, label in named.items()))
     return Manifest(
         kind=cast(Any, kind),
-        graphs={"model": GRAPH},
+        graphs={Path(name).stem: name for name in graph_files(folder) if name.endswith(".onnx")},
         inputs=inputs,
         outputs=outputs,
         context_length=context_length(model.assets, config),

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 from passes._graph import GRAPH
 
 
-def exact_graph(folder: Path) -> onnx.ModelProto:
+def exact_graph(folder: Path, name: str = GRAPH) -> onnx.ModelProto:
     """Return the graph of an onnx stage, its weights still on disk, such that no activation is rounded."""
-    model = onnx.load(folder / GRAPH, load_external_data=False)
+    model = onnx.load(folder / name, load_external_data=False)
     integers = {node.input[0] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:

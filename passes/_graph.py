@@ -20,6 +20,8 @@ from passes._files import atomic_file, atomic_write
 from passes._safetensors import LARGEST_IN_OUTLINE
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+PREFILL = "prefill.onnx"
+"""The graph of prompts where they have one of their own, over the same tensors; the runtime takes it if it is there."""
 _INLINE_BYTES = 1024
 _SHARED = "shares_bytes_with"
 _ALIGNMENT = 64
@@ -98,7 +100,12 @@ def _write_tensor(file: BinaryIO, tensor: ir.TensorProtocol) -> int:
 
 def weight_bytes(folder: Path) -> int:
     """Return the size of an onnx stage on disk."""
-    return sum((folder / name).stat().st_size for name in (GRAPH, DATA))
+    return sum((folder / name).stat().st_size for name in graph_files(folder))
+
+
+def graph_files(folder: Path) -> list[str]:
+    """Return the names of the files of an onnx stage."""
+    return [name for name in (GRAPH, DATA, PREFILL) if (folder / name).exists()]
 
 
 def share_bytes(model: ir.Model, name: str, original: str, shape: tuple[int, ...]) -> ir.Value:

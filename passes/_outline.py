@@ -23,7 +23,7 @@ from passes._safetensors import SINGLE_NAME, meta_tensor, weight_files, write_sa
 from passes._skeleton import Skeleton, block_names, build_module, inside
 from passes._twin import first_of_each, kinds_of_layers, with_layers
 from passes._walk import run_blocks
-from passes.base import ONNX, TORCH, Context, Estimate, GraphPass, Model, PassError
+from passes.base import ONNX, TORCH, Context, Estimate, Model, Pass, PassError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -230,7 +230,7 @@ def _original(module: str, places: Mapping[str, str]) -> str:
 # ---- stage onnx
 
 
-def outline_rewritten(step: GraphPass, model: Model, ctx: Context) -> Estimate:
+def outline_rewritten(step: Pass, model: Model, ctx: Context) -> Estimate:
     """Return what a pass would leave of a graph, having let it rewrite the outline.
 
     Raises:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from passes._exact import exact_graph
+from passes._graph import GRAPH
 from passes._kind import first_line, kind_of, vocabulary_size
 from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import IntegerLinear, QuantizedLinear
@@ -77,9 +78,9 @@ class Probe:
         ids = rng.integers(1, vocabulary, mask.shape)
         return cls((), (), (), {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
 
-    def graph(self, folder: Path, threads: int) -> Array:
-        """Return the answer of the graph of an onnx stage."""
-        runner = GraphRunner(folder, threads)
+    def graph(self, folder: Path, threads: int, name: str = GRAPH) -> Array:
+        """Return the answer of a graph of an onnx stage."""
+        runner = GraphRunner(folder, threads, name)
         if not self.ids:
             return self._real_tokens(runner.encode(self.feed))
         alone = runner.decode(self.ids, self.splits)
@@ -130,9 +131,9 @@ def graph_error(before: Model, after: Model, ctx: Context) -> float:
 class GraphRunner:
     """Runs the graph of an onnx stage part by part, one part's weights in memory, int8 activations switched off."""
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, name: str = GRAPH) -> None:
         self.folder, self.threads = folder, threads
-        self.graph = exact_graph(folder)
+        self.graph = exact_graph(folder, name)
         self.inputs = {value.name: value for value in self.graph.graph.input}
         rows = self.graph.graph.input[0].type.tensor_type.shape.dim[0]
         self.takes_batches = not rows.HasField("dim_value")

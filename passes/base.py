@@ -206,6 +206,13 @@ class GraphPass(Pass):
         """
         raise NotImplementedError
 
+    def requires(self, model: Model) -> None:
+        """Refuse a model whose prompts have a graph of their own: it would be left as it was."""
+        from passes._graph import PREFILL
+
+        if (model.folder / PREFILL).exists():
+            raise PassError(f"{self.name()}: prompts have a graph of their own already; put quantize_prefill after it")
+
     def admits(self, source: Model, ctx: Context) -> None:
         """Rewrite the graph of a shrunken twin, which shows what the model itself may hide."""
         from passes._twin import fusion_error

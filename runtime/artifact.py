@@ -25,6 +25,7 @@ from runtime.external_data import MalformedGraph, external_locations
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
+PREFILL: Final = "prefill.onnx"  # the graph of prompts: a session takes it where it lies beside its own
 EVIDENCE: Final = "evidence"  # verdicts and timings: outside the identity, never read by the runtime
 MAX_MANIFEST_BYTES: Final = 4 << 20
 Kind = Literal["decoder", "classifier", "reranker", "embedder"]
@@ -101,7 +102,7 @@ class Manifest:
 
     Attributes:
         kind: what the graph answers: the next token, a class, the score of two texts, or a vector.
-        graphs: role to file name; today always `{"model": "model.onnx"}`.
+        graphs: role to file name: "model", and "prefill" where prompts have a graph of their own.
         inputs, outputs: the graph's signature.
         kv_cache: None for an encoder.
         context_length: most tokens the model takes at once.
@@ -410,10 +411,13 @@ def _file_entries(read: _Reader) -> Mapping[str, FileEntry]:
 
 
 def _graphs(read: _Reader, files: Mapping[str, FileEntry]) -> Mapping[str, str]:
-    read.keys("model")
-    if read.text("model") not in files or not read.text("model").endswith(".onnx"):
-        read.refuse("model", "an .onnx file of this artifact")
-    return MappingProxyType({"model": read.text("model")})
+    read.keys("model", optional=("prefill",))
+    for role in read.content:
+        if read.text(role) not in files or not read.text(role).endswith(".onnx"):
+            read.refuse(role, "an .onnx file of this artifact")
+    if read.content.get("prefill", PREFILL) != PREFILL:
+        read.refuse("prefill", PREFILL)
+    return MappingProxyType({role: read.text(role) for role in sorted(read.content)})
 
 
 def _tensors(read: _Reader, name: str) -> tuple[TensorSpec, ...]:

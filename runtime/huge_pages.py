@@ -7,6 +7,7 @@ while it loaded a graph is moved into huge pages afterwards, by the kernel: same
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Final
 
 _ASK: Final = 14  # MADV_HUGEPAGE
 _MOVE: Final = 25  # MADV_COLLAPSE, since Linux 6.1; an older one moves pages in its own time, once asked
+_LIBC: Final = ctypes.CDLL(None)
 _SETTINGS: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
 Range = tuple[int, int]
@@ -31,7 +33,8 @@ def huge_pages(settings: Path = _SETTINGS) -> Iterator[None]:
     page = page_bytes(settings)
     before = memory() if page else []
     yield
-    for start, stop in whole(new(before, memory()), page) if page else ():
+    _trim()
+    for start, stop in resident(whole(new(before, memory()), page), page) if page else ():
         _advise(start, stop)
 
 
@@ -78,10 +81,30 @@ def whole(ranges: Iterator[Range], page: int) -> Iterator[Range]:
             yield first, last
 
 
+def resident(ranges: Iterator[Range], page: int) -> Iterator[Range]:
+    """Yield the huge pages most of which is in memory: moving one that was given back would take memory again."""
+    small = mmap.PAGESIZE
+    for start, stop in ranges:
+        told = (ctypes.c_ubyte * ((stop - start) // small))()
+        if _LIBC.mincore(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), told) != 0:
+            yield start, stop  # a system that does not say
+            continue
+        here = bytes(told)
+        for at in range(0, len(here), page // small):
+            if 2 * sum(flag & 1 for flag in here[at : at + page // small]) >= page // small:
+                yield start + at * small, start + at * small + page
+
+
+def _trim() -> None:
+    """Give what was freed back to the system, where the C library can: loading leaves much."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
 def _advise(start: int, stop: int) -> None:
     """Ask for huge pages here and now; a system that refuses leaves all as it was."""
     if sys.platform == "linux":
-        madvise = ctypes.CDLL(None).madvise
+        madvise = _LIBC.madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for advice in (_ASK, _MOVE):
             madvise(start, stop - start, advice)

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.artifact import PREFILL
 from runtime.errors import SessionError
 from runtime.huge_pages import huge_pages
 from runtime.kv_cache import KVBuffers, Side
@@ -49,6 +50,7 @@ def open_graph(model: str | os.PathLike[str], threads: int | None = None) -> Any
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     options.log_severity_level = 3  # errors: its warnings speak to people who build graphs
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # lets what expands constant weights be folded
     if int8_sums_may_overflow():
         options.add_session_config_entry("session.x64quantprecision", "1")  # unsigned weights: slower, and exact
     try:
@@ -96,6 +98,9 @@ class _Signature:
 class DecoderSession:
     """Sequences on a decoder graph, one in each slot of a key/value cache that the graph reads and writes in place.
 
+    A graph of prompts, where one lies beside the graph, is run by `run`, whatever the number of tokens, and the graph
+    itself by `decode` and `step`: which one computes a position is decided by its phase alone.
+
     A slot holds positions 0..capacity-1 of its sequence. A caller says with `past` how many of them count: going back
     is free, and a new sequence starts with `past=0`. Not thread-safe.
 
@@ -125,6 +130,7 @@ class DecoderSession:
                 raise SessionError(f"{name}: got {value}, expected at least 1 {unit}")
         self._session = open_graph(model, threads)
         self._signature = _decoder_signature(Path(model), self._session)
+        self._prefill = self._open_prefill(Path(model).with_name(PREFILL), threads)
         if slots > 1 and not self._signature.takes_batches:
             raise SessionError(f"{model}: slots: got {slots}, expected 1; this graph runs one sequence at a time")
         self.capacity = capacity
@@ -168,7 +174,7 @@ class DecoderSession:
             raise SessionError(f"decode: got position {at}, expected 0 to {self.capacity - 1}, the cache's capacity")
         key = (first, len(tokens))
         if key not in self._decodes:
-            self._decodes[key] = self._bind(*key, self._logits[: len(tokens)])
+            self._decodes[key] = self._bind(*key, self._logits[: len(tokens)], self._session)
         return self._decodes[key].run(np.array(tokens, np.int64)[:, None], pasts)
 
     def run(self, ids: ArrayLike, past: int = 0, rows: ArrayLike | None = None, slot: int = 0) -> NDArray[np.float32]:
@@ -193,7 +199,7 @@ class DecoderSession:
         if not 0 <= slot < self.slots:
             raise SessionError(f"run: slot: got {slot}, expected 0 to {self.slots - 1}")
         if slot not in self._chunks:
-            self._chunks[slot] = self._bind(slot, 1, np.empty((1, self.vocabulary), np.float32))
+            self._chunks[slot] = self._bind(slot, 1, np.empty((1, self.vocabulary), np.float32), self._prefill)
         count = wanted.size
         if self.even_rows and count % 2:
             wanted = np.append(wanted, wanted[-1])
@@ -205,8 +211,16 @@ class DecoderSession:
         if slot in self._chunks and self._chunks[slot].rows > 2:
             del self._chunks[slot]  # logits of many positions
 
-    def _bind(self, first: int, rows: int, logits: NDArray[np.float32]) -> _Binding:
-        return _Binding(self._session, self._signature.small, self.cache.view(first, rows), logits)
+    def _open_prefill(self, path: Path, threads: int | None) -> Any:
+        if not path.is_file():
+            return self._session
+        session = open_graph(path, threads)
+        if _decoder_signature(path, session) != self._signature:
+            raise SessionError(f"{path}: has other inputs or outputs than the graph beside it; export it again")
+        return session
+
+    def _bind(self, first: int, rows: int, logits: NDArray[np.float32], session: Any) -> _Binding:
+        return _Binding(session, self._signature.small, self.cache.view(first, rows), logits)
 
 
 class _Binding:

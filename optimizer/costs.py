@@ -96,6 +96,7 @@ SHIPPED: Mapping[str, Rate] = {
     "quantize_rtn": Rate(0.05, 0.0, 15.0),
     "quantize_int8": Rate(0.05, 0.0, 15.0),
     "smooth_quant": Rate(2.0, 0.3, 60.0),
+    "quantize_mixed": Rate(1.0, 1.0, 400.0),
     "rotate": Rate(1.0, 0.15, 50.0),
     "export_onnx": Rate(3.0, 0.6, 40.0),
     "fuse": Rate(0.1, 0.02, 6.0),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 LayerFormat = Literal["float", "int8", "int4", "int2"]
+Group = Literal[16, 32, 64, 128, 256, "channel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,10 @@ class Override:
 
     layers: str | tuple[str, ...] = field(metadata={"help": "their names, or glob patterns such as '*.down_proj'"})
     format: LayerFormat = field(metadata={"help": "what their weights become; float leaves them alone"})
+
+    group_size: Group | None = field(
+        default=None, metadata={"help": "input features that share a scale; the pass's own if not given"}
+    )
 
     def __post_init__(self) -> None:
         if not self.layers:

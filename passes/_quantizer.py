@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from passes._override import LayerFormat, Override
+from passes._override import Group, LayerFormat, Override
 from passes.base import BlockPass, Context, Estimate, Model, PassResult
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Quantizer(BlockPass):
     format: Literal["int8", "int4", "int2"] = field(
         default="int4", metadata={"help": "integers that Linear weights become"}
     )
-    group_size: Literal[16, 32, 64, 128, 256, "channel"] = field(
+    group_size: Group = field(
         default=32, metadata={"help": "input features that share a scale; channel: all of an output's"}
     )
     symmetric: bool = field(default=True, metadata={"help": "no zero points: values are centred on zero"})
@@ -53,10 +53,10 @@ class Quantizer(BlockPass):
     )
 
     def __post_init__(self) -> None:
-        formats = {self.format, *(override.format for override in self.overrides)}
-        if "int2" in formats and self.activations == "int8" and self.group_size in (16, 256):
+        groups = {group for form, group in self.given_formats() if form == "int2" and self.activations == "int8"}
+        for group in groups & {16, 256}:
             raise ValueError(
-                f"group_size: got {self.group_size}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
+                f"group_size: got {group}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
                 "multiplies int2 weights by int8 activations in other groups"
             )
 
@@ -97,6 +97,13 @@ class Quantizer(BlockPass):
 
         return round_to_nearest(weight, form)
 
+    def given_formats(self) -> list[tuple[LayerFormat, Group]]:
+        """Return the formats, and their groups, that the recipe gives layers."""
+        return [
+            (self.format, self.group_size),
+            *((each.format, each.group_size or self.group_size) for each in self.overrides),
+        ]
+
     def chosen(self, part: str, module: PreTrainedModel) -> dict[str, LayerSpec]:
         """Return module name -> spec of the layers of one part that are to be quantized."""
         from passes._skeleton import inside
@@ -117,16 +124,18 @@ class Quantizer(BlockPass):
 
         linear, embedding, lm_head = (self._spec(each) for each in (self.format, self.embedding, self.lm_head))
         assert linear is not None
-        overrides = tuple((pattern, self._spec(each.format)) for each in self.overrides for pattern in each.patterns)
+        overrides = tuple(
+            (pattern, self._spec(each.format, each.group_size)) for each in self.overrides for pattern in each.patterns
+        )
         return Selection(self.name(), linear, embedding, lm_head, self.exclude, overrides)
 
-    def _spec(self, chosen: LayerFormat) -> LayerSpec | None:
+    def _spec(self, chosen: LayerFormat, group: Group | None = None) -> LayerSpec | None:
         from passes._formats import IntegerFormat
         from passes._quantized import LayerSpec
 
         if chosen == "float":
             return None
-        return LayerSpec(IntegerFormat(_bits(chosen), self.group_size, self.symmetric), self.activations)
+        return LayerSpec(IntegerFormat(_bits(chosen), group or self.group_size, self.symmetric), self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)

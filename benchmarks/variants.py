@@ -215,7 +215,9 @@ def describe_onnx(folder: Path, source: Path) -> Weights:
             else:
                 body.add(text)
             read.update(sizes.keys() & set(node.input))
-    size_bytes = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
+    if (folder / "prefill.onnx").exists():
+        body.add("int8 for prompts")
+    size_bytes = sum(path.stat().st_size for pattern in ("*.onnx", "*.data") for path in folder.glob(pattern))
     step_bytes = sum(sizes[name] for name in read)
     return Weights(folder, ", ".join(sorted(body)), ", ".join(head), size_bytes, step_bytes)
 

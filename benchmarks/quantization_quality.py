@@ -608,6 +608,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", default=[], help="methods that run now; all if none is named")
     parser.add_argument("--cells", nargs="*", default=[cell.name for cell in CELLS], help="cells that run now")
     parser.add_argument("--seeds", nargs="*", type=int, help="draws that run now; all if none is named")
+    parser.add_argument("--only-make", action="store_true", help="score and print nothing")
     parser.add_argument("--again", action="store_true", help="run what has run before")
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--samples", type=int, default=64, help="texts of a draw")
@@ -629,6 +630,8 @@ def main() -> None:
     parts: list[str] = []
     for subject in subjects(options):
         absent |= make(subject, options)
+        if options.only_make:
+            continue
         found = results(subject, options)
         cells = standings(subject, found, options.threads)
         made[subject.name] = {name: standing.document() for name, standing in cells.items()}

@@ -11,9 +11,9 @@ from auto_round import AutoRound
 from auto_round.schemes import QuantizationScheme
 from transformers import AutoTokenizer
 
-from quantizers.protocol import Job, Made, Unfit, effective_weights, serve, stored_bytes
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, effective_weights, serve, stored_bytes
 
-BATCH = 8
+BATCH = 4
 ITERATIONS = {"autoround": 200, "rtn": 0}
 TYPES = {"nvfp4": "nv_fp", "mxfp4": "mx_fp"}
 
@@ -22,6 +22,7 @@ def quantize(job: Job) -> Made:
     """Quantize block after block; weights alone."""
     if job.method not in ITERATIONS or job.kind != "decoder":
         raise Unfit(f"no method {job.method} for a {job.kind}")
+    watch = Stopwatch()
     model, source, texts = job.load(), job.load(), torch.tensor(job.texts())
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts.split(BATCH)]
     scheme = QuantizationScheme(
@@ -48,11 +49,12 @@ def quantize(job: Job) -> Made:
         **settings,
     )
     tuned, _ = tuner.quantize()
+    spent = watch.spent()
     weights = effective_weights(tuned, source)
     with tempfile.TemporaryDirectory() as folder:
         tuner.save_quantized(folder, format="auto_round" if job.format.startswith("int") else "llm_compressor")
         sizes = stored_bytes(Path(folder))
-    return Made(weights, sizes, settings)
+    return Made(weights, sizes, spent, settings)
 
 
 if __name__ == "__main__":

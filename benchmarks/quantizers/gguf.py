@@ -11,7 +11,7 @@ import llama_cpp
 import torch
 from engines.gguf_file import write_f16
 
-from quantizers.protocol import Job, Made, Unfit, block_linears, serve
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, block_linears, serve
 
 FILES = {"Q4_0": 2, "Q4_K_M": 15}
 
@@ -20,6 +20,7 @@ def quantize(job: Job) -> Made:
     """Write float16, let llama.cpp quantize it, read it back."""
     if job.method not in FILES or job.kind != "decoder":
         raise Unfit(f"no {job.method} for a {job.kind}")
+    watch = Stopwatch()
     model = job.load()
     config = model.config
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -32,6 +33,7 @@ def quantize(job: Job) -> Made:
         parameters.output_tensor_type = parameters.token_embedding_type = int(gguf.GGMLQuantizationType.F16)
         if llama_cpp.llama_model_quantize(str(whole).encode(), str(small).encode(), ctypes.byref(parameters)):
             raise Unfit("llama_model_quantize failed")
+        spent = watch.spent()
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(small).tensors}
         stored, kinds = {}, set()
         for layer in block_linears(model):
@@ -43,7 +45,7 @@ def quantize(job: Job) -> Made:
             weights[f"{layer}.weight"] = values.contiguous()
             stored[f"{layer}.weight"] = int(tensor.n_bytes)
             kinds.add(tensor.tensor_type.name)
-    return Made(weights, stored, {"types": ", ".join(sorted(kinds))})
+    return Made(weights, stored, spent, {"types": ", ".join(sorted(kinds))})
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

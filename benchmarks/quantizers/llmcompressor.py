@@ -14,7 +14,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 
-from quantizers.protocol import Job, Made, Unfit, effective_weights, serve, stored_bytes
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, effective_weights, serve, stored_bytes
 
 # A machine without an accelerator has nothing to pin memory for; 0.14's AWQ asks for it all the same, and fails.
 if not torch.accelerator.is_available():
@@ -53,6 +53,7 @@ def recipe(job: Job) -> list[Any]:
 
 def quantize(job: Job) -> Made:
     """Quantize in one shot, block after block."""
+    watch = Stopwatch()
     model, source = job.load(), job.load()
     texts = job.texts()
     steps = recipe(job)
@@ -63,13 +64,14 @@ def quantize(job: Job) -> Made:
         options |= {"dataset": data, "num_calibration_samples": len(texts), "max_seq_length": max(map(len, texts))}
         options |= {"shuffle_calibration_samples": False}
     oneshot(model=model, recipe=steps, **options)
+    spent = watch.spent()
     weights = effective_weights(model, source)
     with tempfile.TemporaryDirectory() as folder:
         model.to(torch.float16).save_pretrained(folder, save_compressed=True)
         sizes = stored_bytes(Path(folder))
     settings = {"observer": "minmax" if job.method == "rtn" else "mse"} if job.format not in PRESETS else {}
     settings |= {"gptq": {"actorder": "static", "damping": 0.01}, "awq": {"duo_scaling": "both"}}.get(job.method, {})
-    return Made(weights, sizes, settings)
+    return Made(weights, sizes, spent, settings)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from neural_compressor.torch.quantization import AWQConfig, GPTQConfig, HQQConfig, RTNConfig, convert, prepare
 
-from quantizers.protocol import Job, Made, Unfit, block_linears, effective_weights, serve
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, block_linears, effective_weights, serve
 
 
 def config(job: Job) -> tuple[Any, dict[str, Any]]:
@@ -34,6 +34,7 @@ def quantize(job: Job) -> Made:
     if job.kind != "decoder" and job.method not in ("rtn", "rtn mse", "hqq"):
         raise Unfit(f"{job.method} is for decoders")
     asked, chosen = config(job)
+    watch = Stopwatch()
     model, source = job.load(), job.load()
     asked.set_local("lm_head", type(asked)(dtype="fp32"))
     example = torch.tensor(job.texts()[:1])
@@ -46,8 +47,9 @@ def quantize(job: Job) -> Made:
                 except ValueError:  # how GPTQ's observer stops the model after it has seen the first block's input
                     continue
     model = convert(model)
+    spent = watch.spent()
     weights = effective_weights(model, source)
-    return Made(weights, sizes(job, model, source), chosen)
+    return Made(weights, sizes(job, model, source), spent, chosen)
 
 
 def sizes(job: Job, model: torch.nn.Module, source: torch.nn.Module) -> dict[str, int]:

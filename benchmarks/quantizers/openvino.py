@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import nncf
 import numpy as np
 import openvino as ov
 import torch
+from optimum.exporters.openvino import main_export
+from optimum.intel import OVConfig
 
-from quantizers.protocol import Job, Made, Unfit, block_linears, serve
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, block_linears, serve
 
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {},
@@ -32,11 +35,13 @@ def quantize(job: Job) -> Made:
     """Convert, compress all layers of the blocks, compute what each product's weight is worth."""
     if job.method not in METHODS or job.kind != "decoder":
         raise Unfit(f"no {job.method} for a {job.kind}")
+    watch = Stopwatch()
     mode, model = mode_of(job), job.load()
-    model.config.use_cache = False
     texts = [np.array([ids]) for ids in job.texts()]
-    graph = ov.convert_model(model, example_input={"input_ids": torch.tensor(texts[0])})
-    given = {} if job.method == "rtn" else {"dataset": nncf.Dataset([{graph.inputs[0].any_name: ids} for ids in texts])}
+    with tempfile.TemporaryDirectory() as folder:
+        main_export(job.source, folder, task="text-generation", ov_config=OVConfig(dtype="fp32"))
+        graph = ov.Core().read_model(f"{folder}/openvino_model.xml", config={"ENABLE_MMAP": False})
+    given = {} if job.method == "rtn" else {"dataset": nncf.Dataset([fed(graph, ids) for ids in texts])}
     settings = METHODS[job.method]
     small = nncf.compress_weights(
         graph,
@@ -49,6 +54,7 @@ def quantize(job: Job) -> Made:
         **settings,
         **given,
     )
+    spent = watch.spent()
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
     stored: dict[str, int] = {}
     layers = block_linears(model)
@@ -59,7 +65,18 @@ def quantize(job: Job) -> Made:
             stored[f"{layer}.weight"] = constants(node.input_value(1).get_node())
     if stored.keys() != {f"{layer}.weight" for layer in layers}:
         raise Unfit(f"found {len(stored)} of {len(layers)} products in the graph")
-    return Made(weights, stored, {"mode": str(mode), **settings})
+    return Made(weights, stored, spent, {"mode": str(mode), **settings})
+
+
+def fed(graph: ov.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what an exported decoder reads of one text."""
+    known = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1])[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
+    return {value.any_name: known[value.any_name] for value in graph.inputs}
 
 
 def computed(output: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from quantizers.protocol import Job, Made, Unfit, block_linears, serve
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, block_linears, serve
 
 
 def graph_of(weights: Mapping[str, torch.Tensor]) -> onnx.ModelProto:
@@ -35,6 +35,7 @@ def quantize(job: Job) -> Made:
     """Quantize all linear layers of the blocks; the head is none of them."""
     if not job.format.startswith("int"):
         raise Unfit(f"no {job.format}")
+    watch = Stopwatch()
     model = job.load()
     layers = {name: layer.weight.detach() for name, layer in block_linears(model).items()}
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -48,6 +49,7 @@ def quantize(job: Job) -> Made:
         raise Unfit(f"no method {job.method}")
     quantizer = MatMulNBitsQuantizer(graph_of(layers), algo_config=config)
     quantizer.process()
+    spent = watch.spent()
     made = quantizer.model.model
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = job.threads
@@ -56,7 +58,7 @@ def quantize(job: Job) -> Made:
     answers = session.run([f"{name}.y" for name in layers], units)
     weights |= {f"{name}.weight": torch.from_numpy(y.T.copy()) for name, y in zip(layers, answers, strict=True)}
     stored = {each.name: numpy_helper.to_array(each).nbytes for each in made.graph.initializer}
-    return Made(weights, stored, {"operators": ", ".join(sorted({node.op_type for node in made.graph.node}))})
+    return Made(weights, stored, spent, {"operators": ", ".join(sorted({node.op_type for node in made.graph.node}))})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from passes._skeleton import Skeleton, read_config
 from passes.base import TORCH, Context, Model, Pass
-from quantizers.protocol import Job, Made, Unfit, serve, stored_bytes
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, serve, stored_bytes
 
 PASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("quantize_rtn", {}),
@@ -53,9 +53,11 @@ def quantize(job: Job) -> Made:
     with tempfile.TemporaryDirectory() as work:
         texts = [tuple(ids) for ids in job.texts()]
         context = Context(Path(work), source, threads=job.threads, seed=job.seed, calibration={"texts": texts})
+        watch = Stopwatch()
         step.requires(source)
         result = step.run(source, context)
         step.ensures(source, result.model, context)
+        spent = watch.spent()
         skeleton = Skeleton(result.model)
         weights = {}
         for tensor in Skeleton(source).module.state_dict():
@@ -68,7 +70,7 @@ def quantize(job: Job) -> Made:
                 weights[tensor] = spec.format.load(stored, features).contiguous()
             else:
                 weights[tensor] = skeleton.read(tensor)
-        return Made(weights, stored_bytes(Path(work)), {**options, "note": result.note})
+        return Made(weights, stored_bytes(Path(work)), spent, {**options, "note": result.note})
 
 
 if __name__ == "__main__":

@@ -74,6 +74,29 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Time by the clock and of all processors, and the largest resident set, libraries included."""
+
+    seconds: float
+    processor_s: float
+    peak_bytes: int
+
+
+class Stopwatch:
+    """Starts where it is made; the peak begins anew at what is resident then."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
+        self._start, self._processor = time.perf_counter(), time.process_time()
+
+    def spent(self) -> Spent:
+        """Return what was spent until now."""
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+        return Spent(time.perf_counter() - self._start, time.process_time() - self._processor, peak)
+
+
+@dataclass(frozen=True)
 class Made:
     """What a quantizer made.
 
@@ -81,11 +104,13 @@ class Made:
         weights: tensor name of the source -> float32 values.
         stored: tensor name -> bytes in the quantizer's own file, head and embedding included; the names of a layer's
             tensors begin with the layer's.
+        spent: on quantizing, without reading back what was made.
         settings: what was chosen for the method, in the quantizer's own words.
     """
 
     weights: Mapping[str, torch.Tensor]
     stored: Mapping[str, int]
+    spent: Spent
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -147,19 +172,6 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def peak_bytes() -> int:
-    """Return the largest resident set of this process since `forget_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew at what is resident now."""
-    Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-
-
 def serve(quantize: Callable[[Job], Made], libraries: Iterable[str]) -> None:
     """Do every job of the file named on the command line; one that fails says so in its `facts.json`."""
     from importlib.metadata import version
@@ -172,13 +184,10 @@ def serve(quantize: Callable[[Job], Made], libraries: Iterable[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(job.threads)
         torch.manual_seed(job.seed)
-        forget_peak()
-        start, processor = time.perf_counter(), time.process_time()
         facts: dict[str, Any] = {"job": asdict(job), "versions": versions}
         try:
             made = quantize(job)
-            facts |= {"seconds": time.perf_counter() - start, "processor_s": time.process_time() - processor}
-            facts |= {"peak_bytes": peak_bytes(), "stored": dict(made.stored), "settings": dict(made.settings)}
+            facts |= {**asdict(made.spent), "stored": dict(made.stored), "settings": dict(made.settings)}
             save_file({name: tensor.clone() for name, tensor in made.weights.items()}, out / "model.safetensors")
         except Exception as error:  # of a foreign library: the others' jobs go on
             lines = str(error).strip().splitlines() or [""]

@@ -13,7 +13,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from torchao.quantization.quant_primitives import MappingType
 
-from quantizers.protocol import Job, Made, Unfit, block_linears, serve
+from quantizers.protocol import Job, Made, Stopwatch, Unfit, block_linears, serve
 
 INTEGERS = {"int4": torch.int4, "int2": torch.int2}
 HQQ = "hqq_scale_only"
@@ -62,6 +62,7 @@ def quantize(job: Job) -> Made:
     """Quantize all weights of the blocks."""
     if job.method not in ("rtn", "hqq") or (job.method == "hqq" and not job.format.startswith("int")):
         raise Unfit(f"no {job.method} to {job.format}")
+    watch = Stopwatch()
     model = job.load()
     layers = block_linears(model)
     weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -71,7 +72,7 @@ def quantize(job: Job) -> Made:
     else:
         settings = {}
         weights |= {f"{name}.weight": as_floats(layer.weight, job) for name, layer in layers.items()}
-    return Made(weights, sizes(weights, layers, job), settings | {"bytes": "counted as packed"})
+    return Made(weights, sizes(weights, layers, job), watch.spent(), settings | {"bytes": "counted as packed"})
 
 
 if __name__ == "__main__":

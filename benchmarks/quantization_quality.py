@@ -349,7 +349,7 @@ def run(quantizer: Quantizer, wanted: Sequence[Job], options: argparse.Namespace
     environment |= {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": str(options.threads)}
     command = [python, "-m", f"quantizers.{quantizer.module}", path]
     with path.with_suffix(".log").open("w") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
+        code = subprocess.run(command, env=environment, stdout=log, stderr=log, cwd=path.parent, check=False).returncode
     if code:
         lines = path.with_suffix(".log").read_text().strip().splitlines() or [f"ended with {code}"]
         return lines[-1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from optimizer.catalogue import Catalogue
+from optimizer.markdown import table
 from optimizer.planned import FORMAT as PLAN_FORMAT
 from optimizer.planned import Plan
 from optimizer.reader import alternatives, describe_option, hints, is_required, recipe_fields
@@ -100,15 +102,31 @@ def record_schema(kind: type) -> JsonSchema:
 
 
 def pass_table(choices: Catalogue) -> str:
-    """Return the passes and their options as a Markdown table."""
-    rows = ["| pass | what it does | reads → writes | options |", "|---|---|---|---|"]
+    """Return the passes and their options as a Markdown table, and one of the options that several passes share."""
+    described = {name: _own_lines(kind) for name, kind in choices.passes.items()}
+    uses = Counter(line for lines in described.values() for line in lines.items())
+    shared = {line for line, count in uses.items() if count > 1}
+    rows = []
     for name, kind in choices.passes.items():
-        options = "<br>".join(
-            f"`{option}`: {text}" for option, text in option_lines(kind).items() if option not in recipe_fields(Pass)
-        )
-        cells = (f"`{name}`", first_line(kind), f"{kind.reads} → {kind.writes}", options or "none")
-        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
+        own = [f"`{option}`: {text}" for option, text in described[name].items() if (option, text) not in shared]
+        others = [f"`{option}`" for option, text in described[name].items() if (option, text) in shared]
+        options = "<br>".join([*own, *([", ".join(others)] if others else [])])
+        rows.append((f"`{name}`", first_line(kind), f"{kind.reads} → {kind.writes}", options or "none"))
+    once = [(f"`{option}`", text) for option, text in uses if (option, text) in shared]
+    tables = [table(("pass", "what it does", "reads → writes", "options"), _piped(rows))]
+    if once:
+        tables.append(table(("option of several passes", "what it is"), _piped(once)))
+    return "\n\n".join(tables) + "\n"
+
+
+def _piped(rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Return cells that may hold what would end them."""
+    return [[cell.replace("|", r"\|") for cell in row] for row in rows]
+
+
+def _own_lines(kind: type) -> dict[str, str]:
+    """Return the options of a pass but for those that all have."""
+    return {option: text for option, text in option_lines(kind).items() if option not in recipe_fields(Pass)}
 
 
 def passes_text(choices: Catalogue) -> str:

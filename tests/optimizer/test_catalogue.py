@@ -1,4 +1,4 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -49,9 +49,20 @@ def test_own_options_come_before_inherited_ones() -> None:
 
 
 def test_table_has_one_row_for_each_pass() -> None:
-    rows = pass_table(CHOICES).splitlines()[2:]
+    rows = pass_table(CHOICES).partition("\n\n")[0].splitlines()[2:]
     assert rows[1] == "| `export_toy` | Write a graph | torch → onnx (ort) | none |"
     assert [row.split("`")[1] for row in rows] == list(CHOICES.passes)
+
+
+def test_an_option_that_passes_share_is_told_once() -> None:
+    class Again(CHOICES.passes["quantize_toy"]):  # type: ignore[misc]
+        """The same."""
+
+    both = replace(CHOICES, passes={**CHOICES.passes, "again": Again})
+    table, _, once = pass_table(both).partition("\n\n")
+    told = "what weights become; one of int8, int4; default int4"
+    assert told in pass_table(CHOICES) and told not in table
+    assert once.count(f"| `format` | {told} |") == 1
 
 
 def test_schema_of_an_option_holds_help_range_and_default() -> None:

@@ -2,8 +2,8 @@
 
 Effect: each Linear weight becomes numbers of one of several formats, all together of at most `bits` bits per weight,
     scales included; which format a layer gets is what does least to the model in all.
-Source: damage of single layers, added up, as in HAWQ-V2 (Dong et al. 2019, arXiv:1911.03852, section 3.2) and the
-    integer programme of HAWQ-V3 (Yao et al. 2020, arXiv:2011.10680, section 4). We differ: damage is measured, on
+Source: damage of single layers, added up, as in HAWQ-V2 (Dong et al. 2019, arXiv:1911.03852) and the
+    integer programme of HAWQ-V3 (Yao et al. 2020, arXiv:2011.10680). We differ: damage is measured, on
     calibration texts, by changing one layer at a time, not taken from second derivatives.
 Changes: `weight` of nn.Linear inside the blocks; `embedding` and `lm_head` by option.   Keeps: biases, norms, shapes.
 Cost: damage `block`: one more run of a block on the texts for each format of each of its layers; one block in memory.

@@ -3,7 +3,7 @@
 Effect: gains of norms move into the linear layers that read them; then what writes the residual stream is multiplied
     by a random orthogonal matrix, and what reads it by its inverse; so are values and what reads them, head by head.
     The model computes what it did, in a basis without outliers of weights and activations, and needs no new operator.
-Source: Ashkboos et al. 2024, arXiv:2404.00456 (QuaRot), sections 4 and 4.1, without the rotations that would have to
+Source: Ashkboos et al. 2024, arXiv:2404.00456 (QuaRot), section 4, without the rotations that would have to
     run beside the model. We differ: what turns is found by trying it (passes/_stream.py); where norms take the mean
     away, the rotation leaves the mean alone, so they stay what they are; a last norm's gain parts tied tables.
 Changes: all that reads or writes the residual stream, in float32; tied embedding and head become two tables.

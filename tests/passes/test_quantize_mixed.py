@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ from passes.quantize_rtn import QuantizeRtn
 
 MIXED = QuantizeMixed(calibration=CALIBRATION)
 LAYERS = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+
+
+def few_texts(workshop: Workshop, folder: Path) -> Context:
+    """Return a context with two calibration texts."""
+    folder.mkdir(exist_ok=True)
+    return replace(workshop.context(folder, workshop.model("llama")), calibration={CALIBRATION: TEXTS[:2]})
 
 
 @given(st.data())
@@ -99,7 +106,7 @@ def logits(skeleton: Skeleton, text: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("damage", ["block", "answers"])
 def test_layers_become_what_was_chosen_within_the_budget(workshop: Workshop, tmp_path: Path, damage: Any) -> None:
     model, step = workshop.model("llama"), QuantizeMixed(calibration=CALIBRATION, damage=damage)
-    ctx = workshop.context(tmp_path, model)
+    ctx = few_texts(workshop, tmp_path)
     result = step.run(model, ctx)
     step.ensures(model, result.model, ctx)
     specs = Skeleton(result.model).specs
@@ -114,21 +121,17 @@ def test_layers_become_what_was_chosen_within_the_budget(workshop: Workshop, tmp
 def test_more_bits_are_spent_on_more(workshop: Workshop, tmp_path: Path) -> None:
     model = workshop.model("llama")
     for bits in (3.0, 9.0):
-        folder = tmp_path / str(bits)
-        folder.mkdir()
         step = QuantizeMixed(calibration=CALIBRATION, bits=bits, others=("int2 g32", "int8 g32"))
-        specs = Skeleton(step.run(model, workshop.context(folder, model)).model).specs
+        specs = Skeleton(step.run(model, few_texts(workshop, tmp_path / str(bits))).model).specs
         assert {spec.format.name for spec in specs.values()} == {"int2" if bits == 3 else "int8"}
 
 
 def test_a_run_that_was_killed_goes_on_with_what_was_chosen(workshop: Workshop, tmp_path: Path) -> None:
     model = workshop.model("llama")
-    (tmp_path / "all").mkdir()
-    (tmp_path / "half").mkdir()
-    MIXED.run(model, workshop.context(tmp_path / "all", model))
+    MIXED.run(model, few_texts(workshop, tmp_path / "all"))
+    ctx = replace(few_texts(workshop, tmp_path / "half"), calibration={})  # nothing is measured again
     (tmp_path / "half" / FILE).write_bytes((tmp_path / "all" / FILE).read_bytes())
-    ctx = workshop.context(tmp_path / "half", model)
-    MIXED.run(model, Context(workdir=ctx.workdir, source=model))  # no texts: nothing is measured again
+    MIXED.run(model, ctx)
     assert file_hashes(tmp_path / "half") == file_hashes(tmp_path / "all")
 
 
@@ -141,7 +144,7 @@ def test_excluded_and_overridden_layers_are_not_chosen_for(workshop: Workshop, t
         embedding="int8",
     )
     model = workshop.model("llama")
-    ctx = workshop.context(tmp_path, model)
+    ctx = few_texts(workshop, tmp_path)
     after = step.run(model, ctx).model
     step.ensures(model, after, ctx)
     specs = Skeleton(after).specs

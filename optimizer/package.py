@@ -45,6 +45,8 @@ USES: Mapping[Kind, str] = {
 """What a model card says of how the artifact is asked."""
 DEFAULT_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 """What a config.json means that names no labels."""
+MIXED = "mixed"
+"""Dtype of a cache whose layers keep different ones; the graph's inputs say which."""
 UNFINISHED, OLD = "unfinished", "old"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -271,7 +273,9 @@ def _kv_cache(inputs: tuple[TensorSpec, ...]) -> KVCache | None:
     if not past:
         return None
     _, heads, _, width = past[0].shape
-    return KVCache(layers=len(past) // 2, heads=int(heads), head_width=int(width))
+    dtypes = {spec.dtype for spec in past}
+    dtype = dtypes.pop() if len(dtypes) == 1 else MIXED
+    return KVCache(layers=len(past) // 2, heads=int(heads), head_width=int(width), dtype=dtype)
 
 
 def _prove(folder: Path, kind: str) -> None:

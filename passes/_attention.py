@@ -23,7 +23,9 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from passes._exact import CACHE_SCALES
 from passes._kind import first_line
+from passes._kv_cache import CHILD, Int8Cache
 from passes.base import PassError
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Step:
         positions: of every token in its row, int64 [B, T].
         seqlens_k: real tokens of each row after this step, minus one, int32 [B].
         total: the largest of them plus one, int32 [1].
-        past: key and value of each layer in turn, float32 [B, K, capacity, E].
+        past: key and value of each layer in turn, float32 or int8 [B, K, capacity, E].
     """
 
     positions: torch.Tensor
@@ -212,6 +214,9 @@ class Fused:
         ]
         if sinks is not None:
             inputs += [None, None, None, None, sinks]  # cos_cache, sin_cache, position_ids, attention_bias, head_sink
+        cache: Int8Cache | None = getattr(module, CHILD, None)
+        if cache is not None:
+            inputs += [None] * (CACHE_SCALES - len(inputs)) + [cache.key_scale, cache.value_scale]
         attributes: dict[str, Any] = {
             "num_heads": H,
             "kv_num_heads": K,
@@ -219,6 +224,8 @@ class Fused:
             "local_window_size": int(sliding_window or -1),
             "softcap": float(softcap or 0),
         }
+        if cache is not None:
+            attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         out, *present = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             inputs,

@@ -1,6 +1,7 @@
 """A graph without the rounding of its activations: what it computes then can be compared to 1e-6.
 
-Scales, zero points, weights and biases take part as they do in the graph itself: one that is wrong shows.
+Scales, zero points, weights and biases take part as they do in the graph itself: one that is wrong shows. Scales of an
+int8 cache do not, for they are inside the operator; where its rounding is left in, they do.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from onnx import TensorProto, helper
 
 from passes._graph import GRAPH
 
+CACHE_SCALES = 12
+"""Place of the first of two inputs of GroupQueryAttention, after which it has no others here."""
+_CACHE_ATTRIBUTES = ("k_quant_type", "v_quant_type", "kv_cache_bit_width")
 
-def exact_graph(folder: Path, name: str = GRAPH) -> onnx.ModelProto:
-    """Return the graph of an onnx stage, its weights still on disk, such that no activation is rounded."""
+
+def exact_graph(folder: Path, name: str = GRAPH, *, rounds_cache: bool = False) -> onnx.ModelProto:
+    """Return a graph of an onnx stage, its weights still on disk, such that no activation is rounded.
+
+    Its int8 caches hold float32 then, unless `rounds_cache`.
+    """
     model = onnx.load(folder / name, load_external_data=False)
+    if not rounds_cache:
+        _keep_floats(model.graph)
     integers = {node.input[0] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -29,6 +39,19 @@ def exact_graph(folder: Path, name: str = GRAPH) -> onnx.ModelProto:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return model
+
+
+def _keep_floats(graph: onnx.GraphProto) -> None:
+    """Let attention keep keys and values as they are."""
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention" and len(node.input) > CACHE_SCALES:
+            del node.input[CACHE_SCALES:]
+            kept = [each for each in node.attribute if each.name not in _CACHE_ATTRIBUTES]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    for value in (*graph.input, *graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.INT8:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 def _without_accuracy_level(node: onnx.NodeProto) -> onnx.NodeProto:

@@ -18,7 +18,7 @@ import torch
 
 from passes._graph import in_outline, weight_bytes
 from passes._kind import typed_config
-from passes._quantized import LayerSpec, QuantizedLayer, write_specs
+from passes._quantized import CacheSpec, LayerSpec, QuantizedCache, QuantizedLayer, write_specs
 from passes._safetensors import SINGLE_NAME, meta_tensor, weight_files, write_safetensors
 from passes._skeleton import Skeleton, block_names, build_module, inside
 from passes._twin import first_of_each, kinds_of_layers, with_layers
@@ -72,6 +72,15 @@ def outline_quantized(specs: Mapping[str, LayerSpec], model: Model, ctx: Context
     return run_blocks(change, model, ctx, in_outline=True).model
 
 
+def outline_caches(specs: Mapping[str, CacheSpec], model: Model, ctx: Context) -> Model:
+    """Write the outline of a torch stage some of whose layers keep int8: module name -> how."""
+
+    def change(part: str, module: PreTrainedModel, _: Context) -> dict[str, QuantizedCache]:
+        return {name: QuantizedCache(spec, _empty(spec.shapes())) for name, spec in specs.items() if inside(name, part)}
+
+    return run_blocks(change, model, ctx, in_outline=True).model
+
+
 def outline_float32(model: Model, ctx: Context, *, outside: bool = False) -> Model:
     """Write the outline of a torch stage all of whose blocks become float32, and all `outside`, tied tables apart."""
 
@@ -118,9 +127,12 @@ def _loaded(skeleton: Skeleton, part: str) -> int:
 
 def _stored(module: PreTrainedModel, layer: str, spec: LayerSpec) -> dict[str, torch.Tensor]:
     rows, features = module.get_parameter(f"{layer}.weight").shape
+    return _empty(spec.shapes(rows, features))
+
+
+def _empty(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, torch.Tensor]:
     return {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        for name, (shape, dtype) in spec.shapes(rows, features).items()
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, (shape, dtype) in shapes.items()
     }
 
 
@@ -209,9 +221,17 @@ def _with_layers(
             names = {leaf: ((), "")}
         for each in names:
             tensors[f"{layer}.{each}"] = whole.entries[whole.stored_name(f"{original}.{each}")]
+    caches = {
+        here + name.removeprefix(there): (name, spec)
+        for here, there in places.items()
+        for name, spec in whole.caches.items()
+        if inside(name, there)
+    }
+    for cache, (original, spec) in caches.items():
+        tensors |= {f"{cache}.{leaf}": whole.entries[f"{original}.{leaf}"] for leaf in spec.shapes()}
     folder.mkdir()
     write_safetensors(folder / SINGLE_NAME, {name: meta_tensor(entry) for name, entry in tensors.items()})
-    write_specs(folder, specs)
+    write_specs(folder, specs | {cache: spec for cache, (_, spec) in caches.items()})
     made = Model(TORCH, folder, model.assets, config)
     Skeleton(made)  # refuses tensors of other shapes
     return made

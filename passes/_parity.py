@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from passes._exact import exact_graph
 from passes._graph import GRAPH
 from passes._kind import first_line, kind_of, vocabulary_size
+from passes._kv_cache import Int8Cache
 from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import IntegerLinear, QuantizedLinear
 from passes._walk import walk
@@ -57,12 +58,14 @@ class Probe:
         ragged: lengths of beginnings of that sequence that a graph runs as one right-padded batch, and then one token
             further, which shows a row that reads another row's positions, mask or cache.
         feed: an encoder's right-padded batch; empty for a decoder.
+        rounds_cache: keep keys and values in int8 where the model does; else in float32 on both sides.
     """
 
     ids: tuple[int, ...]
     splits: tuple[int, ...]
     ragged: tuple[int, ...]
     feed: Mapping[str, Array]
+    rounds_cache: bool = False
 
     @classmethod
     def random(cls, config: Mapping[str, Any], seed: int, splits: tuple[int, ...] = SPLITS) -> Probe:
@@ -80,7 +83,7 @@ class Probe:
 
     def graph(self, folder: Path, threads: int, name: str = GRAPH) -> Array:
         """Return the answer of a graph of an onnx stage."""
-        runner = GraphRunner(folder, threads, name)
+        runner = GraphRunner(folder, threads, name, rounds_cache=self.rounds_cache)
         if not self.ids:
             return self._real_tokens(runner.encode(self.feed))
         alone = runner.decode(self.ids, self.splits)
@@ -98,6 +101,8 @@ class Probe:
         for child in module.modules():
             if isinstance(child, QuantizedLinear | IntegerLinear):
                 child.exact_activations = True
+            if isinstance(child, Int8Cache):
+                child.exact = not self.rounds_cache
         if self.ids:
             logits: Array = module(input_ids=torch.tensor([self.ids]), use_cache=False).logits[0].numpy()
             return logits[self._asked()]
@@ -131,9 +136,9 @@ def graph_error(before: Model, after: Model, ctx: Context) -> float:
 class GraphRunner:
     """Runs the graph of an onnx stage part by part, one part's weights in memory, int8 activations switched off."""
 
-    def __init__(self, folder: Path, threads: int, name: str = GRAPH) -> None:
+    def __init__(self, folder: Path, threads: int, name: str = GRAPH, *, rounds_cache: bool = False) -> None:
         self.folder, self.threads = folder, threads
-        self.graph = exact_graph(folder, name)
+        self.graph = exact_graph(folder, name, rounds_cache=rounds_cache)
         self.inputs = {value.name: value for value in self.graph.graph.input}
         rows = self.graph.graph.input[0].type.tensor_type.shape.dim[0]
         self.takes_batches = not rows.HasField("dim_value")
@@ -167,8 +172,10 @@ class GraphRunner:
         past = {}
         for name, value in self.inputs.items():
             if name.startswith("past."):
-                heads, width = (value.type.tensor_type.shape.dim[axis].dim_value for axis in (1, 3))
-                past[name] = np.zeros((rows, heads, capacity, width), np.float32)
+                kind = value.type.tensor_type
+                heads, width = (kind.shape.dim[axis].dim_value for axis in (1, 3))
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+                past[name] = np.zeros((rows, heads, capacity, width), dtype)
         return past
 
     def encode(self, feed: Mapping[str, Array]) -> Array:

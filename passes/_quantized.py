@@ -82,15 +82,54 @@ class QuantizedLayer:
     error: LayerError | None = None
 
 
+@dataclass(frozen=True)
+class CacheSpec:
+    """How one layer keeps its keys and values: int8, symmetric, a scale for each channel of each head.
+
+    Attributes:
+        heads: of keys and values, K.
+        width: of a head, E.
+    """
+
+    heads: int
+    width: int
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return name -> (shape, dtype) of what is stored."""
+        return dict.fromkeys(("key_scale", "value_scale"), ((self.heads, 1, self.width), "float32"))
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """What a cache becomes: its spec and its scales."""
+
+    spec: CacheSpec
+    stored: dict[str, torch.Tensor]
+
+
+def parse_spec(content: Mapping[str, Any]) -> LayerSpec | CacheSpec:
+    """Return what `dataclasses.asdict` wrote."""
+    return LayerSpec.parse(content) if "format" in content else CacheSpec(**content)
+
+
 def read_specs(folder: Path) -> dict[str, LayerSpec]:
-    """Return module name -> spec of a torch stage; empty for a model that was never quantized."""
+    """Return module name -> spec of a torch stage's layers; empty for a model that was never quantized."""
+    return {name: spec for name, spec in _read(folder).items() if isinstance(spec, LayerSpec)}
+
+
+def read_caches(folder: Path) -> dict[str, CacheSpec]:
+    """Return module name -> spec of a torch stage's caches; empty for a model whose cache is in float."""
+    return {name: spec for name, spec in _read(folder).items() if isinstance(spec, CacheSpec)}
+
+
+def _read(folder: Path) -> dict[str, LayerSpec | CacheSpec]:
     path = folder / FILE
     if not path.exists():
         return {}
-    return {name: LayerSpec.parse(spec) for name, spec in json.loads(path.read_text()).items()}
+    return {name: parse_spec(spec) for name, spec in json.loads(path.read_text()).items()}
 
 
-def write_specs(folder: Path, specs: Mapping[str, LayerSpec]) -> None:
+def write_specs(folder: Path, specs: Mapping[str, LayerSpec | CacheSpec]) -> None:
     """Write `quantization.json` into a torch stage."""
     content = {name: asdict(spec) for name, spec in sorted(specs.items())}
     (folder / FILE).write_text(json.dumps(content, indent=1) + "\n")

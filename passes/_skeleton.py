@@ -16,7 +16,8 @@ from torch import nn
 
 from passes._checkpoint import StoredTensor, stored_tensors
 from passes._kind import SWITCHING_ROPES, architecture_of, first_line, typed_config
-from passes._quantized import LayerSpec, quantized, read_specs
+from passes._kv_cache import Int8Cache, round_caches
+from passes._quantized import CacheSpec, LayerSpec, quantized, read_caches, read_specs
 from passes.base import Model, PassError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Skeleton:
         module: the transformers model, in evaluation mode, parameters on the meta device; buffers that are computed
             from the configuration (rotary frequencies) are real.
         specs: module name -> how it is quantized.
+        caches: module name -> what an attention layer keeps in int8.
         ties: parameter name -> all names of that parameter, where it has several.
         entries: stored tensor name -> how to read it.
     """
@@ -40,10 +42,15 @@ class Skeleton:
         self.config, self.assets = model.config, model.assets
         self.module = build_module(model.config, attention)
         self.specs: dict[str, LayerSpec] = read_specs(model.folder)
+        self.caches: dict[str, CacheSpec] = read_caches(model.folder)
         self.ties = _ties(self.module)
         self.entries: Mapping[str, StoredTensor] = stored_tensors(model.folder, self.module)
         for name, spec in self.specs.items():
             self.module.set_submodule(name, quantized(self.module.get_submodule(name), spec))
+        for name, cache in self.caches.items():
+            self.module.set_submodule(name, Int8Cache(cache))
+        if self.caches:
+            round_caches(self.module)
         self.blocks = block_names(self.module)
         self._require_all_tensors(model.folder)
 

@@ -23,6 +23,7 @@ from passes._attention import CacheShape, Route, Step, cache_shapes
 from passes._attention import route as route_named
 from passes._interrupts import interrupts_kept
 from passes._kind import first_line
+from passes._kv_cache import CHILD, watching
 from passes._pooling import Pooling, encode, has_token_types, pooling_of
 from passes._quantized import OPSET
 from passes._skeleton import Skeleton
@@ -42,7 +43,10 @@ def trace_decoder(skeleton: Skeleton, by: str, takes_batches: bool) -> ir.Model:
     route = route_named(by, shapes)
     batch, tokens = 2, 3
     widths = [(shape.heads, width) for shape in shapes for width in (shape.key_width, shape.value_width)]
-    past = [torch.zeros(batch, heads, 16, width) for heads, width in widths]
+    dtypes = [side for kept in cache_dtypes(module, len(shapes)) for side in (kept, kept)]
+    past = [
+        torch.zeros(batch, heads, 16, width, dtype=dtype) for (heads, width), dtype in zip(widths, dtypes, strict=True)
+    ]
     arguments = (
         torch.zeros(batch, tokens, dtype=torch.int64),
         torch.full((batch,), tokens - 1, dtype=torch.int32),
@@ -79,8 +83,36 @@ def decoder_shapes(skeleton: Skeleton) -> list[CacheShape]:
     module = skeleton.module
     if module._can_set_experts_implementation():
         module.set_experts_implementation("batched_mm")
-    with _weightless(module), _quiet(), torch.no_grad():
+    with weightless(module), _quiet(), torch.no_grad():
         return cache_shapes(module)
+
+
+def attention_layers(skeleton: Skeleton) -> dict[str, CacheShape]:
+    """Return module name -> what it keeps, of every attention layer, in the order in which they run.
+
+    Raises:
+        PassError: as `cache_shapes`; or attention does not go through transformers' interface.
+    """
+    names = {id(module): name for name, module in skeleton.module.named_modules()}
+    layers: dict[str, CacheShape] = {}
+
+    def see(layer: nn.Module, key: torch.Tensor, value: torch.Tensor) -> None:
+        layers[names[id(layer)]] = CacheShape(key.shape[1], key.shape[3], value.shape[3])
+
+    with watching(skeleton.module, see):
+        kept = decoder_shapes(skeleton)
+    if list(layers.values()) != kept:
+        raise PassError(
+            f"{len(layers)} of {len(kept)} attention layers of {type(skeleton.module).__name__} hand to transformers' "
+            "attention interface what they keep"
+        )
+    return layers
+
+
+def cache_dtypes(module: nn.Module, layers: int) -> list[torch.dtype]:
+    """Return in what each layer of a decoder keeps its keys and values."""
+    in_int8 = {child.layer_idx for child in module.modules() if hasattr(child, CHILD)}
+    return [torch.int8 if layer in in_int8 else torch.float32 for layer in range(layers)]
 
 
 def trace_encoder(skeleton: Skeleton) -> ir.Model:
@@ -158,7 +190,7 @@ def _trace(
     outputs: Sequence[str],
 ) -> ir.Model:
     try:
-        with _weightless(skeleton.module):
+        with weightless(skeleton.module):
             model = trace_module(graph, arguments, shapes, inputs, outputs)
     except Exception as error:  # whatever an architecture nobody has tried makes torch raise
         cause = error.__cause__ or error
@@ -219,7 +251,7 @@ def lazy_tensor(skeleton: Skeleton, name: str) -> ir.LazyTensor:
 
 
 @contextmanager
-def _weightless(module: nn.Module) -> Iterator[None]:
+def weightless(module: nn.Module) -> Iterator[None]:
     """Have expanded scalars in the place of tensors on the meta device; shared tensors stay shared."""
     stand_ins: dict[int, torch.Tensor] = {}
     places: list[tuple[dict[str, Any], str, Any]] = []

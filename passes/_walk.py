@@ -21,7 +21,7 @@ from passes._batches import equal_lengths, walk_groups
 from passes._errors import add_errors
 from passes._files import atomic_write
 from passes._kind import kind_of
-from passes._quantized import LayerSpec, QuantizedLayer, write_specs
+from passes._quantized import CacheSpec, LayerSpec, QuantizedCache, QuantizedLayer, parse_spec, write_specs
 from passes._safetensors import (
     INDEX_NAME,
     SafetensorsError,
@@ -31,7 +31,7 @@ from passes._safetensors import (
     write_safetensors,
 )
 from passes._skeleton import Skeleton
-from passes.base import Context, Model, PassResult
+from passes.base import Context, Model, PassError, PassResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from passes._checkpoint import StoredTensor
 
 Result = TypeVar("Result")
-Change = Callable[[str, "PreTrainedModel", Context], Mapping[str, QuantizedLayer | torch.Tensor]]
+Change = Callable[[str, "PreTrainedModel", Context], Mapping[str, QuantizedLayer | QuantizedCache | torch.Tensor]]
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 TOKENS_PER_BATCH = 4096
 
@@ -201,14 +201,16 @@ class Traveller(Generic[Result]):
 def run_blocks(change: Change, model: Model, ctx: Context, *, in_outline: bool = False) -> PassResult:
     """Load each part of the model, let a pass change it, write it to a file of its own.
 
-    `change(part, module, ctx)` returns module name -> quantized layer, or tensor name -> its new values.
+    `change(part, module, ctx)` returns module name -> quantized layer or cache, or tensor name -> its new values.
 
     A file that is already there was finished by an earlier run that was killed, and is kept. In outline nothing is
     loaded: what `change` returns is on the meta device, and the files have holes.
     """
     skeleton = Skeleton(model)
+    if skeleton.caches:
+        raise PassError("the cache is quantized, to ranges of the weights as they are; put quantize_kv_cache last")
     parts = skeleton.outside() + skeleton.blocks
-    specs = dict(skeleton.specs)
+    specs: dict[str, LayerSpec | CacheSpec] = dict(skeleton.specs)
     weight_map: dict[str, str] = {}
     for done, name in enumerate(parts):
         path = part_file(ctx.workdir, name)
@@ -218,9 +220,10 @@ def run_blocks(change: Change, model: Model, ctx: Context, *, in_outline: bool =
                 tensors = _part(skeleton, name, changed, meta_tensor if in_outline else _read)
                 layers = {layer: new for layer, new in changed.items() if isinstance(new, QuantizedLayer)}
                 add_errors(ctx.workdir, {layer: new.error for layer, new in layers.items()})  # before: all or none
-                written = {layer: asdict(new.spec) for layer, new in layers.items()}
+                caches = {cache: new for cache, new in changed.items() if isinstance(new, QuantizedCache)}
+                written = {place: asdict(new.spec) for place, new in (layers | caches).items()}
                 write_safetensors(path, tensors, {"quantization": json.dumps(written, sort_keys=True)})
-        specs |= specs_of_part(path)
+        specs |= _written(path)
         weight_map |= dict.fromkeys(read_header(path), path.name)
         ctx.progress(done + 1, len(parts), "parts")
     write_specs(ctx.workdir, specs)
@@ -237,7 +240,11 @@ def part_file(folder: Path, part: str) -> Path:
 
 def specs_of_part(path: Path) -> dict[str, LayerSpec]:
     """Return module name -> spec of the layers that were quantized in the file of a part."""
-    return {layer: LayerSpec.parse(spec) for layer, spec in json.loads(read_metadata(path)["quantization"]).items()}
+    return {layer: spec for layer, spec in _written(path).items() if isinstance(spec, LayerSpec)}
+
+
+def _written(path: Path) -> dict[str, LayerSpec | CacheSpec]:
+    return {place: parse_spec(spec) for place, spec in json.loads(read_metadata(path)["quantization"]).items()}
 
 
 def _read(stored: StoredTensor) -> torch.Tensor:
@@ -247,7 +254,7 @@ def _read(stored: StoredTensor) -> torch.Tensor:
 def _part(
     skeleton: Skeleton,
     name: str,
-    changed: Mapping[str, QuantizedLayer | torch.Tensor],
+    changed: Mapping[str, QuantizedLayer | QuantizedCache | torch.Tensor],
     read: Callable[[StoredTensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Return what is stored of one part: what was changed as given, all else as it was, tied tensors by their owner.
@@ -266,6 +273,9 @@ def _part(
             tensors[tensor] = new
         else:
             tensors[tensor] = read(skeleton.entries[skeleton.stored_name(tensor)])
+    for place, new in changed.items():
+        if isinstance(new, QuantizedCache):
+            tensors |= {f"{place}.{leaf}": value for leaf, value in new.stored.items()}
     return tensors
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from transformers import PreTrainedModel
 
-    from passes._quantized import QuantizedLayer
+    from passes._quantized import QuantizedCache, QuantizedLayer
 
 
 class PassError(Exception):
@@ -175,7 +175,9 @@ class BlockPass(Pass):
     reads: ClassVar[Stage] = TORCH
     writes: ClassVar[Stage] = TORCH
 
-    def run_block(self, name: str, module: PreTrainedModel, ctx: Context) -> Mapping[str, QuantizedLayer]:
+    def run_block(
+        self, name: str, module: PreTrainedModel, ctx: Context
+    ) -> Mapping[str, QuantizedLayer] | Mapping[str, QuantizedCache]:
         """Return module name -> its new form for the layers of part `name` (a block, or a module outside the blocks).
 
         Only the weights of that part are in memory, in the dtype they are stored in; all others are on the meta device.

@@ -61,7 +61,11 @@ class FuseGqa(GraphPass):
             remark = f"not packed: {refusal}"
         attributes = [*node.attributes.values(), ir.AttrInt64("do_rotary", 1)]
         fused = ir.Node(
-            node.domain, node.op_type, [*projections, *node.inputs[3:7], *tables], attributes, num_outputs=3
+            node.domain,
+            node.op_type,
+            [*projections, *node.inputs[3:7], *tables, *node.inputs[9:]],  # sinks, scales of the cache
+            attributes,
+            num_outputs=3,
         )
         graph.graph.insert_before(node, fused)
         for old, new in zip(node.outputs, fused.outputs, strict=True):

@@ -167,7 +167,9 @@ class Nvfp4(Fp4):
         return {**super().shapes(rows, features), "tensor_scale": ((), "float32")}
 
     def for_weight(self, weight: torch.Tensor) -> Nvfp4:
-        """Return the format with the scale that all blocks of `weight` share."""
+        """Return the format with the scale that all blocks of `weight` share; once it has one, it keeps it."""
+        if self.tensor_scale is not None:
+            return self
         scale = weight.abs().amax().float() / (E4M3.largest * E2M1.largest)
         return replace(self, tensor_scale=float(scale) or 1.0)
 

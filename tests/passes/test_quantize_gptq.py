@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import CALIBRATION, Workshop
 
 from passes._errors import read_errors
+from passes._float_formats import Mxfp4, Nvfp4
 from passes._formats import IntegerFormat, Scales, WeightFormat, search_clip
 from passes._safetensors import read_tensor, tensor_index, write_safetensors
 from passes._skeleton import Skeleton
@@ -46,12 +47,16 @@ def test_two_features_worked_by_hand() -> None:
     weight = torch.tensor([[0.4], [0.4]])  # by input feature, one output
     gram = torch.tensor([[4.0, 1.0], [1.0, 2.0]])
     # H = U D U^T with U = [[1, 1/2], [0, 1]] and D = diag(7/2, 2)
-    feedback = unit_factor(gram, torch.arange(2), 0.0)
+    feedback, cost = unit_factor(gram, torch.arange(2), 0.0)
+    torch.testing.assert_close(cost, torch.tensor([3.5, 2.0]))
     torch.testing.assert_close(feedback, torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
-    form, ones = IntegerFormat(4, 16), Scales(torch.ones(1, 1), torch.full((1, 1), 8.0))
-    codes = rounded_in_turn(weight, feedback, form, ones, torch.zeros(2, dtype=torch.int64))
+    form, ones = IntegerFormat(4, 16), Scales(torch.ones(1, 1, 1), torch.full((1, 1, 1), 8.0))
+    codes, lost, corrected = rounded_in_turn(weight, feedback, cost, form, ones, torch.arange(2))
     # 0.4 becomes 0; half of the error goes to the second: 0.4 + 0.2 = 0.6 becomes 1, where nearest would be 0
     assert (codes - 8).tolist() == [[0.0], [1.0]]
+    assert corrected.flatten().tolist() == pytest.approx([0.4, 0.6])
+    error = torch.tensor([0.4, -0.6])
+    assert lost.item() == pytest.approx(float(error @ gram @ error)) == pytest.approx(3.5 * 0.4**2 + 2 * 0.4**2)
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,19 +69,14 @@ def test_it_is_the_rounding_of_the_paper(seed: int, features: int, bits: int) ->
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     form = IntegerFormat(bits, features)  # type: ignore[arg-type]
     scales = form.fit(weight[:, None])
-    scale, zero = (each[..., 0].T for each in scales)
+    scale, zero = (each[:, 0] for each in scales)
     left, expected = weight.clone(), torch.empty_like(weight)
     for k in range(features):  # algorithm 1 of arXiv:2210.17323, without blocks
-        expected[:, k] = form.round(left[:, k : k + 1], Scales(scales.scale[..., 0], scales.zero[..., 0]))[:, 0]
-        error = (left[:, k] - (expected[:, k] - zero[0]) * scale[0]) / upper[k, k]
+        expected[:, k] = form.round(left[:, k : k + 1], Scales(scale, zero))[:, 0]
+        error = (left[:, k] - (expected[:, k] - zero[:, 0]) * scale[:, 0]) / upper[k, k]
         left[:, k:] -= error[:, None] * upper[k, k:]
-    codes = rounded_in_turn(
-        weight.T.contiguous(),
-        unit_factor(gram, torch.arange(features), 0.01).double(),
-        form,
-        Scales(scale, zero),
-        torch.zeros(features, dtype=int),
-    )
+    feedback, cost = (each.double() for each in unit_factor(gram, torch.arange(features), 0.01))
+    codes, _, _ = rounded_in_turn(weight.T.contiguous(), feedback, cost, form, scales, torch.arange(features))
     # U is kept in float32, so that a value within 1e-5 of the middle of two may become the other, and what follows.
     assert (expected != codes.T).double().mean() < 0.02
 
@@ -101,8 +101,9 @@ def test_a_feature_that_is_always_zero_is_rounded_to_nearest_and_moves_no_other(
     weight, x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)), correlated(32, 0)
     x[:, [3, 20]] = 0
     form = IntegerFormat(4, 32)
+    codes, scales = solved(weight, x.T @ x, form, 0.01)
+    assert torch.equal(codes[..., [3, 20]], form.round(weight[:, None, [3, 20]], scales))
     restored = gptq(weight, x, form)
-    assert torch.equal(restored[:, [3, 20]], nearest(weight, x, form)[:, [3, 20]])
     moved = weight.clone()
     moved[:, 3] = 0.01
     assert torch.equal(gptq(moved, x, form)[:, 4:20], restored[:, 4:20])
@@ -112,7 +113,7 @@ def test_inputs_that_are_copies_of_each_other_want_damping() -> None:
     one = torch.ones(2, 2)
     with pytest.raises(PassError, match=r"^quantize_gptq: damping: got 0.0, with which X\^T X has no Cholesky factor"):
         unit_factor(one, torch.arange(2), 0.0)
-    assert unit_factor(one, torch.arange(2), 0.01)[0, 1] == pytest.approx(1 / 1.01)
+    assert unit_factor(one, torch.arange(2), 0.01)[0][0, 1] == pytest.approx(1 / 1.01)
     with pytest.raises(ValueError, match=r"^damping: got -0.1, expected 0 or more"):
         QuantizeGptq(calibration=CALIBRATION, damping=-0.1)
 
@@ -171,3 +172,19 @@ def test_layers_that_read_the_same_input_share_its_products(workshop: Workshop, 
     Looking(calibration=CALIBRATION).run(model, workshop.context(tmp_path, model))
     attention = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
     assert seen == [[*attention, ["gate_proj", "up_proj"], ["down_proj"]]] * len(Skeleton(model).blocks)
+
+
+def test_scales_are_found_again_for_what_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), correlated(128, 2)
+    form, losses = IntegerFormat(2, 64), []
+    for refits in (0, 2):
+        monkeypatch.setattr("passes.quantize_gptq.REFITS", refits)
+        losses.append(output_loss(weight, gptq(weight, x, form), x))
+    assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("form", [Nvfp4(), Mxfp4()], ids=["nvfp4", "mxfp4"])
+def test_numbers_of_four_bits_with_a_point_are_rounded_in_turn_too(form: WeightFormat) -> None:
+    weight, x = torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), correlated(128, 2)
+    form = form.for_weight(weight)
+    assert output_loss(weight, gptq(weight, x, form), x) < 0.5 * output_loss(weight, nearest(weight, x, form), x)

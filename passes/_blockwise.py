@@ -8,11 +8,11 @@ block, with the weights of the file. So a killed run takes up its work where it 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from passes._safetensors import read_header, read_tensor
 from passes._skeleton import Skeleton
 from passes._walk import (
     TOKENS_PER_BATCH,
+    Arguments,
     Traveller,
     forward_without_head,
     part_file,
@@ -61,12 +62,14 @@ class CalibratedBlock:
         module: its weights may be changed.
         specs: module name -> spec of the layers to quantize, in the model's order.
         batches: arguments and keywords of the block, for each batch.
+        originals: the same as they would be had nothing been quantized; empty unless `run_calibrated` was asked.
     """
 
     name: str
     module: nn.Module
     specs: Mapping[str, LayerSpec]
-    batches: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]]
+    batches: Sequence[Arguments]
+    originals: Sequence[Arguments] = ()
 
     def layer(self, name: str) -> nn.Module:
         """Return a module of the block by its full name."""
@@ -78,9 +81,11 @@ class CalibratedBlock:
 
     def run(self) -> Iterator[torch.Tensor]:
         """Yield the block's output [B, T, D] on every batch, with the weights it has now."""
-        for args, options in self.batches:
-            out = self.module.forward(*args, **options)
-            yield out if isinstance(out, torch.Tensor) else out[0]
+        yield from self._outputs(self.batches)
+
+    def targets(self) -> Iterator[torch.Tensor]:
+        """Yield what the block, with the weights it has now, puts out on every batch as that would be in float."""
+        yield from self._outputs(self.originals)
 
     def watch(self, names: Collection[str], see: Callable[[str, torch.Tensor], None]) -> None:
         """Run the block on every batch and call `see(layer name, its input)` whenever a layer is run.
@@ -89,6 +94,17 @@ class CalibratedBlock:
         """
         for _ in self._watched(names, see):
             pass
+
+    def squares(self) -> dict[str, torch.Tensor]:
+        """Return layer name -> sum of squares of each input feature [M]; without layers that no token reaches."""
+        squares: dict[str, torch.Tensor] = {}
+
+        def see(name: str, x: torch.Tensor) -> None:
+            total = x.flatten(0, -2).square().sum(0)
+            squares[name] = squares[name] + total if name in squares else total
+
+        self.watch(self.specs, see)
+        return squares
 
     def sample(self, names: Collection[str], tokens: int) -> dict[str, torch.Tensor]:
         """Return layer name -> the first of its inputs, at most [tokens, M]; without those that no token reaches."""
@@ -115,6 +131,11 @@ class CalibratedBlock:
             else:
                 together.append([name])
         return together
+
+    def _outputs(self, batches: Sequence[Arguments]) -> Iterator[torch.Tensor]:
+        for args, options in batches:
+            out = self.module.forward(*args, **options)
+            yield out if isinstance(out, torch.Tensor) else out[0]
 
     def _watched(self, names: Collection[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
         """Show one batch after the other to `see`."""
@@ -144,10 +165,20 @@ Method = Callable[[CalibratedBlock, Context], Mapping[str, "QuantizedLayer | tor
 
 
 def run_calibrated(
-    step: Quantizer, method: Method, texts: Sequence[Sequence[int]], model: Model, ctx: Context
+    step: Quantizer,
+    method: Method,
+    texts: Sequence[Sequence[int]],
+    model: Model,
+    ctx: Context,
+    *,
+    originals_of: int | None = None,
 ) -> PassResult:
-    """Quantize the blocks of a model by a method, and its tables as `step` does; measure the error of each layer."""
-    with CalibrationWalk(model, texts, ctx.workdir) as walk:
+    """Quantize the blocks of a model by a method, and its tables as `step` does; measure the error of each layer.
+
+    A method that makes up in one layer for others wants `originals_of` so many tokens to a batch: what would reach a
+    block had nothing been quantized. It must compare blocks with round-to-nearest itself.
+    """
+    with CalibrationWalk(model, texts, ctx.workdir, originals_of=originals_of) as walk:
 
         def change(part: str, module: PreTrainedModel, ctx: Context) -> Mapping[str, QuantizedLayer | torch.Tensor]:
             if part not in walk.skeleton.blocks:
@@ -158,7 +189,8 @@ def run_calibrated(
             with walk.at(part, specs) as block:
                 inputs = block.sample(list(specs), JUDGED_TOKENS)
                 changed = method(block, ctx)
-            return judged(step.name(), changed, lambda name: walk.skeleton.read(f"{name}.weight"), inputs)
+            weight = lambda name: walk.skeleton.read(f"{name}.weight")  # noqa: E731
+            return judged(step.name(), changed, weight, inputs, one_by_one=originals_of is None)
 
         result = run_blocks(change, model, ctx)
     changes = {"layers_kept_rtn": len(kept_rtn(read_errors(ctx.workdir))), "calibration_tokens": sum(map(len, texts))}
@@ -181,10 +213,13 @@ class CalibrationWalk:
     The tensors outside the blocks stay in memory, but for the tables, which only the first step needs.
     """
 
-    def __init__(self, model: Model, texts: Sequence[Sequence[int]], folder: Path) -> None:
+    def __init__(
+        self, model: Model, texts: Sequence[Sequence[int]], folder: Path, *, originals_of: int | None = None
+    ) -> None:
         self.skeleton = Skeleton(model)
-        self._texts, self._folder = texts, folder
+        self._texts, self._folder, self._originals_of = texts, folder, originals_of
         self._travellers: list[Traveller[None]] = []
+        self._originals: list[Traveller[None]] = []
         self._held = ExitStack()
 
     def __enter__(self) -> CalibrationWalk:
@@ -193,7 +228,7 @@ class CalibrationWalk:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for traveller in self._travellers:
+        for traveller in (*self._travellers, *self._originals):
             traveller.abandon()
         self._held.close()
 
@@ -202,34 +237,50 @@ class CalibrationWalk:
         """Have a block in memory, and the texts before it, all blocks before which have been written."""
         if not self._travellers:
             self._start()
-        self._go_to(name)
-        batches = [each.arguments for each in self._travellers if each.before == name]
+        self._go_to(name, self._travellers, self._as_written)
+        self._go_to(name, self._originals, self.skeleton.loaded)
+        batches, originals = (
+            [each.arguments for each in travellers if each.before == name]
+            for travellers in (self._travellers, self._originals)
+        )
         with self.skeleton.loaded(name), torch.no_grad():
-            yield CalibratedBlock(name, self.skeleton.module.get_submodule(name), specs, batches)
+            yield CalibratedBlock(name, self.skeleton.module.get_submodule(name), specs, batches, originals)
 
     def _start(self) -> None:
         """Bring every batch before the first block."""
         skeleton = self.skeleton
         lengths = [len(ids) for ids in self._texts]
-        for batch in equal_lengths(lengths, TOKENS_PER_BATCH):
+        most = TOKENS_PER_BATCH if self._originals_of is None else min(TOKENS_PER_BATCH, self._originals_of)
+        for batch in equal_lengths(lengths, most):
             ids = torch.tensor([self._texts[index] for index in batch])
             self._travellers.append(Traveller(skeleton.module, forward_without_head(skeleton, ids)))
+            if self._originals_of is not None:
+                self._originals.append(Traveller(skeleton.module, forward_without_head(skeleton, ids)))
         self._held.enter_context(stopping_before_blocks(skeleton))
         embedding, tables = _tables(skeleton)
         for name in (name for name in skeleton.outside() if name not in tables):
             self._held.enter_context(self._as_written(name))
-        with self._as_written(embedding):
-            for traveller in self._travellers:
-                traveller.advance()
+        for travellers, loaded in ((self._travellers, self._as_written), (self._originals, skeleton.loaded)):
+            with loaded(embedding):
+                for traveller in travellers:
+                    traveller.advance()
 
-    def _go_to(self, name: str) -> None:
-        """Let the texts through every block before `name`; one that is used again later is as it was written."""
-        while behind := {each.before for each in self._travellers if each.before not in (name, None)}:
+    def _go_to(
+        self,
+        name: str,
+        travellers: Sequence[Traveller[None]],
+        loaded: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        """Let texts through every block before `name`, `loaded` one after the other, that has been written.
+
+        One that is used again later is the same then.
+        """
+        while behind := {each.before for each in travellers if each.before not in (name, None)}:
             written = [block for block in behind if block and part_file(self._folder, block).exists()]
             if not written:
                 return
-            with self._as_written(written[0]):
-                for traveller in self._travellers:
+            with loaded(written[0]):
+                for traveller in travellers:
                     if traveller.before == written[0]:
                         traveller.advance()
 

@@ -58,8 +58,12 @@ def judged(
     changed: Mapping[str, QuantizedLayer | torch.Tensor],
     original: Callable[[str], torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
+    *,
+    one_by_one: bool = True,
 ) -> dict[str, QuantizedLayer | torch.Tensor]:
     """Return what a method made of a block with the errors of its layers; what is worse than RTN becomes that.
+
+    Not so where layers are not meant to be judged one by one, because each makes up for others.
 
     `original(layer)` is a weight [N, M] in float32, `inputs` layer name -> [T, M] as they reach it in float.
 
@@ -67,7 +71,7 @@ def judged(
         PassError: an error is not finite.
     """
     return {
-        name: _judged(step, name, layer, original(name), inputs.get(name))
+        name: _judged(step, name, layer, original(name), inputs.get(name), one_by_one=one_by_one)
         if isinstance(layer, QuantizedLayer)
         else layer
         for name, layer in changed.items()
@@ -75,7 +79,7 @@ def judged(
 
 
 def _judged(
-    step: str, name: str, layer: QuantizedLayer, weight: torch.Tensor, x: torch.Tensor | None
+    step: str, name: str, layer: QuantizedLayer, weight: torch.Tensor, x: torch.Tensor | None, *, one_by_one: bool
 ) -> QuantizedLayer:
     form = layer.spec.weight_format
     nearest = round_to_nearest(weight, form)
@@ -87,6 +91,9 @@ def _judged(
     for value in (error.weight, error.output or 0.0):
         if not value < torch.inf:
             raise PassError(f"{step}: {name}: its error is {value}; its weights or inputs hold NaN or infinity")
+    if not one_by_one:
+        is_nearest = all(torch.equal(each, layer.stored[leaf]) for leaf, each in nearest.items())
+        return replace(layer, error=replace(error, is_kept_rtn=is_nearest))
     is_folded = layer.rows is not None or layer.columns is not None
     if is_folded or error.output is None or error.output_rtn is None or error.output <= WORSE * error.output_rtn:
         return replace(layer, error=error)

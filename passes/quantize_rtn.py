@@ -80,14 +80,7 @@ class QuantizeRtn(Quantizer):
         from passes._formats import round_to_nearest, search_clip
         from passes._quantized import QuantizedLayer
 
-        squares: dict[str, torch.Tensor] = {}
-
-        def see(name: str, x: torch.Tensor) -> None:
-            total = x.flatten(0, -2).square().sum(0)
-            squares[name] = squares[name] + total if name in squares else total
-
-        block.watch(block.specs, see)
-        layers = {}
+        squares, layers = block.squares(), {}
         for name, spec in block.specs.items():
             weight, form = block.weight(name), spec.weight_format
             scales = search_clip(weight, form, squares.get(name))

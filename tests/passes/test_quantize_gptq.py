@@ -85,7 +85,7 @@ def test_it_is_the_rounding_of_the_paper(seed: int, features: int, bits: int) ->
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_outputs_move_less_than_rounded_to_nearest(group: int, symmetric: bool) -> None:
     weight, x = torch.randn(8, 72, generator=torch.Generator().manual_seed(1)), correlated(72, 2)
-    form = IntegerFormat(4, group, symmetric)  # type: ignore[arg-type]
+    form = IntegerFormat(4, group, symmetric)
     ours, plain = gptq(weight, x, form), nearest(weight, x, form)
     assert ours.shape == weight.shape
     assert output_loss(weight, ours, x) < 0.5 * output_loss(weight, plain, x)

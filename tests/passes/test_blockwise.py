@@ -13,7 +13,7 @@ from tiny_models import CALIBRATION, TEXTS, Workshop, file_hashes
 from passes._blockwise import CalibratedBlock
 from passes._errors import read_errors
 from passes._formats import round_to_nearest
-from passes._quantized import QuantizedLayer
+from passes._quantized import QuantizedLayer, QuantizedLinear
 from passes._quantizer import CalibratedQuantizer
 from passes._skeleton import Skeleton
 from passes._walk import walk
@@ -131,7 +131,9 @@ def test_the_errors_of_a_layer_are_those_of_its_weight_and_of_its_output(worksho
     list(walk(Skeleton(model), [forward]))
     before, after = Skeleton(model), Skeleton(result.model)
     with after.loaded(block):
-        off = after.module.get_submodule(name).dequantized(slice(None)) - before.read(f"{name}.weight")
+        layer = after.module.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        off = layer.dequantized(slice(None)) - before.read(f"{name}.weight")
     weight, x = before.read(f"{name}.weight"), torch.cat(inputs)
     hessian = x.T @ x
     error = read_errors(tmp_path)[name]

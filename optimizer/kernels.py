@@ -170,7 +170,7 @@ def spec_text(spec: LayerSpec) -> str:
     group = getattr(spec.format, "group_size", "channel")
     shared = "per channel" if group == "channel" else f"groups of {group}"
     zeros = "" if getattr(spec.format, "symmetric", True) else " with zero points"
-    return f"int{spec.format.bits} {shared}{zeros}, activations {spec.activations}"
+    return f"{spec.format.name} {shared}{zeros}, activations {spec.activations}"
 
 
 def _times(ratio: float) -> str:

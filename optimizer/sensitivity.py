@@ -231,7 +231,7 @@ def _measure(
     layers = [
         {
             "layers": each.layers,
-            "format": f"int{changed.specs[each.layers[0]].format.bits}",
+            "format": changed.specs[each.layers[0]].format.name,
             "saved_bytes": saved_bytes(source, changed, each),
         }
         for each in variants

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from passes._files import atomic_write
-from passes._formats import SEARCH_ELEMENTS, WeightFormat, round_to_nearest, row_chunks
+from passes._formats import SEARCH_ELEMENTS, WeightFormat, round_to_nearest, row_chunks, rows_of
 from passes._quantized import LayerSpec, QuantizedLayer
 from passes.base import PassError
 
@@ -47,7 +47,7 @@ def weight_error(weight: torch.Tensor, spec: LayerSpec, stored: Mapping[str, tor
     lost = total = 0.0
     for rows in row_chunks(len(weight), weight.shape[1], SEARCH_ELEMENTS):
         original = weight[rows].float()
-        restored = spec.weight_format.load({name: each[rows] for name, each in stored.items()}, weight.shape[1])
+        restored = spec.weight_format.load(rows_of(stored, rows), weight.shape[1])
         lost += float((restored - original).square().sum())
         total += float(original.square().sum())
     return LayerError(_relative(lost, total))

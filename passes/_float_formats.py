@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from passes._formats import Scales, WeightFormat, pack, unpack
+from passes._formats import IntegerFormat, Scales, WeightFormat, pack, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,11 @@ class Fp4(FloatFormat):
     """E2M1 numbers in blocks, two to a byte, the first in the low bits; a byte for each scale."""
 
     grid = E2M1
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of input features that share a scale."""
+        return self.block
 
     def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return name -> (shape, dtype) of the stored tensors of a `[rows, features]` weight."""
@@ -274,6 +279,17 @@ class Fp8(FloatFormat):
     def encoded_scales(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the scales [N, G] as they are."""
         return {"scales": scale.contiguous()}
+
+
+FLOATS: Mapping[str | None, type[FloatFormat]] = {each.name: each for each in (Nvfp4, Mxfp4, Fp8)}
+
+
+def format_named(name: str, group_size: int | Literal["channel"], symmetric: bool) -> WeightFormat:
+    """Return the format that recipes call so; blocks of 4-bit floats have a size of their own, and no zero points."""
+    integers: Mapping[str, Literal[2, 4, 8]] = {"int2": 2, "int4": 4, "int8": 8}
+    if name in integers:
+        return IntegerFormat(integers[name], group_size, symmetric)
+    return Fp8(group_size) if name == "fp8" else FLOATS[name]()
 
 
 def _power_of_two(values: torch.Tensor) -> torch.Tensor:

@@ -232,6 +232,10 @@ class ChannelFormat:
         """Return the bytes of the stored form of a `[rows, features]` weight."""
         return rows * (features + 4)
 
+    def scales(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scales that are stored, float32 [N]."""
+        return stored["scales"]
+
 
 def round_channels(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """Quantize `weight` [N, M] to a `ChannelFormat`: the largest magnitude of each output feature maps to 127.

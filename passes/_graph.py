@@ -138,7 +138,7 @@ def tidy(model: ir.Model) -> None:
         onnx_shape_inference=False,
         input_size_limit=1024,
         output_size_limit=1024,
-        should_fold=lambda node: False if node.op_type == "Transpose" else None,  # else of any size, kept in memory
+        should_fold=lambda node: False if _is_left(node) else None,
     )
     RemoveUnusedOpsetsPass()(model)
     model.opset_imports.setdefault(MICROSOFT, 1)
@@ -153,6 +153,13 @@ def tidy(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
+
+
+def _is_left(node: ir.Node) -> bool:
+    """Return whether a node is not to be folded: it would be, of any size and in memory, or become larger on disk."""
+    source = node.inputs[0] if node.inputs else None
+    expands = node.op_type == "Cast" and source is not None and source.dtype == ir.DataType.UINT8
+    return expands or node.op_type == "Transpose"
 
 
 def extents(tensor: ir.TensorProtocol) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-LayerFormat = Literal["float", "int8", "int4", "int2"]
+FloatName = Literal["nvfp4", "mxfp4", "fp8"]
+FormatName = Literal["int8", "int4", "int2", FloatName]
+LayerFormat = Literal["float", FormatName]
 Group = Literal[16, 32, 64, 128, 256, "channel"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from passes._at_load import joined_at_load
 from passes._match import insert, joined, made_by, operands, other, require, split_constant
 
 
@@ -83,11 +84,12 @@ def _joined_inputs(
     """Return the inputs of the joined node: those at the places of `axes` side by side, the others as they are."""
     present = {tuple(value is not None for value in node.inputs) for node in nodes}
     require(len(present) == 1, f"{name}: some layers have zero points or biases and some have none")
-    inputs = list(nodes[0].inputs)
+    inputs, first = list(nodes[0].inputs), _first(graph, nodes)
     for place, axis in axes.items():
         if place < len(inputs) and inputs[place] is not None:
-            parts = [node.inputs[place] for node in nodes]
-            inputs[place] = joined(graph, f"{name}.{leaves[place]}", parts, axis)
+            parts, leaf = [part for node in nodes if (part := node.inputs[place])], f"{name}.{leaves[place]}"
+            is_rows = axis == 0
+            inputs[place] = joined_at_load(graph, first, leaf, parts) if is_rows else joined(graph, leaf, parts, axis)
     return inputs
 
 
@@ -109,8 +111,12 @@ def _makes_integer_product(value: ir.Value) -> bool:
 
 
 def _insert(graph: ir.Model, nodes: Sequence[ir.Node], packed: ir.Node) -> ir.Value:
-    insert(graph, min(nodes, key=list(graph.graph).index), packed)
+    insert(graph, _first(graph, nodes), packed)
     return packed.outputs[0]
+
+
+def _first(graph: ir.Model, nodes: Sequence[ir.Node]) -> ir.Node:
+    return min(nodes, key=list(graph.graph).index)
 
 
 def _insert_after(graph: ir.Model, value: ir.Value, node: ir.Node) -> ir.Value:

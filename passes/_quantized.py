@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from passes import _expand
+from passes._float_formats import FLOATS, Fp4, Fp8
 from passes._formats import (
     ChannelFormat,
     IntegerFormat,
@@ -18,11 +21,10 @@ from passes._formats import (
     quantize_activations,
     quantize_affine,
     row_chunks,
+    rows_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from passes._errors import LayerError
 
 FILE = "quantization.json"
@@ -37,13 +39,13 @@ class LayerSpec:
     """How one layer is stored and computed.
 
     Attributes:
-        format: the integers and scales of its weight.
-        activations: how the layer's input is rounded. With an `IntegerFormat`: "int8" as MatMulNBits at accuracy level
+        format: the numbers and scales of its weight.
+        activations: how the layer's input is rounded. With a `WeightFormat`: "int8" as MatMulNBits at accuracy level
             4 does, "float" not at all. With a `ChannelFormat`, to uint8: "row" by the largest magnitude of each row,
             "static" by one stored scale and zero point.
     """
 
-    format: IntegerFormat | ChannelFormat
+    format: WeightFormat | ChannelFormat
     activations: Literal["float", "int8", "row", "static"]
 
     @property
@@ -55,8 +57,9 @@ class LayerSpec:
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> LayerSpec:
         """Return the spec that `dataclasses.asdict` wrote."""
-        kind = ChannelFormat if content["activations"] in ("row", "static") else IntegerFormat
-        return cls(kind(**content["format"]), content["activations"])
+        form, activations = content["format"], content["activations"]
+        whole = ChannelFormat if activations in ("row", "static") else IntegerFormat
+        return cls(FLOATS.get(form.get("name"), whole)(**form), activations)
 
     def shapes(self, rows: int, features: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return name -> (shape, dtype) of all that is stored in the place of a `[rows, features]` weight."""
@@ -151,25 +154,38 @@ class _Quantized(nn.Module):
 
 
 class _Grouped(_Quantized):
-    """A weight in an `IntegerFormat`."""
+    """A weight in a `WeightFormat`."""
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor
 
-    @property
-    def form(self) -> IntegerFormat:
-        """Return the format of the weight."""
-        assert isinstance(self.spec.format, IntegerFormat)
-        return self.spec.format
-
     def dequantized(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """Return rows of the weight, float32 [R, M]."""
-        return self.form.load({name: tensor[rows] for name, tensor in self.stored().items()}, self.features)
+        return self.spec.weight_format.load(rows_of(self.stored(), rows), self.features)
+
+    def integers(self) -> _Integers:
+        """Return the weight as onnxruntime's kernels read it."""
+        form = self.spec.format
+        if isinstance(form, Fp4):
+            return _Integers(_expand.BITS, form.block, *_expand.integers(form, self.stored()), None)
+        assert isinstance(form, IntegerFormat)
+        zero_points = None if form.symmetric else self.zero_points
+        return _Integers(form.bits, form.block, self.qweight, self.scales, zero_points)
+
+
+class _Integers(NamedTuple):
+    """A weight as integers of `bits` in blocks of so many features; without zero points the middle stands for zero."""
+
+    bits: int
+    block: int
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
 
 
 class QuantizedLinear(_Grouped):
-    """`nn.Linear` over a quantized weight; lowers to `com.microsoft::MatMulNBits`."""
+    """`nn.Linear` over a quantized weight; lowers to `com.microsoft::MatMulNBits`, in fp8 to MatMul."""
 
     def __init__(self, rows: int, features: int, spec: LayerSpec, bias: nn.Parameter | None) -> None:
         super().__init__(rows, features, spec)
@@ -180,15 +196,16 @@ class QuantizedLinear(_Grouped):
         if torch.onnx.is_in_onnx_export():
             return self._lower(x)
         if self.spec.activations == "int8" and not self.exact_activations:
-            x = quantize_activations(x, self.form.block)
+            x = quantize_activations(x, self.spec.weight_format.block)
         parts = [nn.functional.linear(x, self.dequantized(rows)) for rows in row_chunks(self.rows, self.features)]
         out = torch.cat(parts, -1)
         return out if self.bias is None else out + self.bias
 
     def _lower(self, x: torch.Tensor) -> torch.Tensor:
-        form = self.form
-        inputs: list[torch.Tensor | None] = [x, self.qweight, self.scales]
-        inputs.append(None if form.symmetric else self.zero_points)
+        if isinstance(self.spec.format, Fp8):
+            return nn.functional.linear(x, _expand.floats(self.stored(), self.features), self.bias)
+        form = self.integers()
+        inputs: list[torch.Tensor | None] = [x, form.qweight, form.scales, form.zero_points]
         if self.bias is not None:
             inputs += [None, self.bias]  # the fourth optional input is g_idx
         while inputs[-1] is None:
@@ -278,8 +295,8 @@ class QuantizedEmbedding(_Grouped):
         return self.dequantized(ids.flatten()).reshape(*ids.shape, self.features)
 
     def _lower(self, ids: torch.Tensor) -> torch.Tensor:
-        form = self.form
-        inputs = [self.qweight, ids, self.scales] + ([] if form.symmetric else [self.zero_points])
+        form = self.integers()
+        inputs = [form.qweight, ids, form.scales] + ([] if form.zero_points is None else [form.zero_points])
         attributes: dict[str, Any] = {
             "bits": form.bits,
             "block_size": form.block,

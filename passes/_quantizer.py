@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from passes._override import Group, LayerFormat, Override
+from passes._override import FloatName, FormatName, Group, LayerFormat, Override
 from passes.base import BlockPass, Context, Estimate, Model, PassResult
 
 if TYPE_CHECKING:
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 class Quantizer(BlockPass):
     """Turns the weights of linear layers, and if asked of the tables, into numbers of few bits."""
 
-    format: Literal["int8", "int4", "int2"] = field(
-        default="int4", metadata={"help": "integers that Linear weights become"}
+    format: FormatName = field(
+        default="int4", metadata={"help": "integers, or floats of 4 or 8 bits, that Linear weights become"}
     )
     group_size: Group = field(
-        default=32, metadata={"help": "input features that share a scale; channel: all of an output's"}
+        default=32,
+        metadata={
+            "help": "input features that share a scale; channel: all of an output's; nvfp4 always has 16, mxfp4 32"
+        },
     )
     symmetric: bool = field(default=True, metadata={"help": "no zero points: values are centred on zero"})
     activations: Literal["int8", "float"] = field(
@@ -47,7 +50,7 @@ class Quantizer(BlockPass):
     overrides: tuple[Override, ...] = field(
         default=(),
         metadata={
-            "help": "layers in another format, each entry `{layers: PATTERNS, format: float, int8, int4 or int2}`; the "
+            "help": "layers in another format, each entry `{layers: PATTERNS, format: float or a format}`; the "
             "first entry that names a layer decides, `exclude` before all"
         },
     )
@@ -58,6 +61,13 @@ class Quantizer(BlockPass):
             raise ValueError(
                 f"group_size: got {group}, expected 32, 64, 128 or channel: onnxruntime has no kernel that "
                 "multiplies int2 weights by int8 activations in other groups"
+            )
+        formats = {form for form, _ in self.given_formats()}
+        if not self.symmetric and (floats := sorted(formats & {*get_args(FloatName)})):
+            raise ValueError(f"symmetric: got false, expected true: {' and '.join(floats)} have no zero points")
+        if "fp8" in formats and self.activations == "int8":
+            raise ValueError(
+                "activations: got int8, expected float: no kernel multiplies fp8 weights by int8 activations"
             )
 
     def requires(self, model: Model) -> None:
@@ -130,12 +140,12 @@ class Quantizer(BlockPass):
         return Selection(self.name(), linear, embedding, lm_head, self.exclude, overrides)
 
     def _spec(self, chosen: LayerFormat, group: Group | None = None) -> LayerSpec | None:
-        from passes._formats import IntegerFormat
+        from passes._float_formats import format_named
         from passes._quantized import LayerSpec
 
         if chosen == "float":
             return None
-        return LayerSpec(IntegerFormat(_bits(chosen), group or self.group_size, self.symmetric), self.activations)
+        return LayerSpec(format_named(chosen, group or self.group_size, self.symmetric), self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +193,3 @@ def require_texts(samples: int, context: int) -> None:
     for name, got, least in (("samples", samples, 1), ("context", context, 2)):
         if got < least:
             raise ValueError(f"{name}: got {got}, expected at least {least}")
-
-
-def _bits(chosen: LayerFormat) -> Literal[2, 4, 8]:
-    bits: dict[LayerFormat, Literal[2, 4, 8]] = {"int2": 2, "int4": 4, "int8": 8}
-    return bits[chosen]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPS = (16, 32, 64, 128, 256)
-TABLE_BITS = (4, 8)
+TABLE_FORMATS = ("int4", "int8")
 """Of tables, whose rows `GatherBlockQuantized` looks up."""
 
 
@@ -93,7 +93,8 @@ class Selection:
             if skeleton.specs[layer] != spec:
                 raise PassError(f"{self.step}: {layer}: got {skeleton.specs[layer]}, expected {spec}")
         for layer in sorted(chosen):
-            scales = skeleton.read(f"{layer}.scales")
+            beside = spec.format.shapes(1, 1).keys() - {"qweight"}
+            scales = spec.format.scales({name: skeleton.read(f"{layer}.{name}") for name in beside})
             if not torch.isfinite(scales).all() or (scales == 0).any():
                 raise PassError(
                     f"{self.step}: {layer}: a scale is zero or not finite; its weights hold NaN or infinity"
@@ -144,7 +145,7 @@ class Selection:
                     f"one is {taken[-1]!r}"
                 )
             for name in named:
-                if name in tables and spec is not None and spec.format.bits not in TABLE_BITS:
+                if name in tables and spec is not None and spec.format.name not in TABLE_FORMATS:
                     raise PassError(
                         f"{self.step}: {name}: got the override {_word(spec)}, expected float, int8 or int4"
                     )
@@ -208,4 +209,4 @@ def _width(module: nn.Module, name: str) -> int:
 
 
 def _word(spec: LayerSpec | None) -> str:
-    return "float" if spec is None else f"int{spec.format.bits}"
+    return "float" if spec is None else spec.format.name

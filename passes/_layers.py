@@ -95,4 +95,4 @@ def _filled(linear: Linear) -> nn.Module:
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if dtype.is_floating_point:
         return torch.rand(shape, dtype=dtype) + 0.5
-    return torch.randint(0, 128, shape, dtype=dtype)
+    return torch.randint(0, 127, shape, dtype=dtype)  # 127 is no number as a scale in E4M3

@@ -31,7 +31,7 @@ def test_keeping_no_layer_changes_nothing() -> None:
 
 
 def test_a_format_that_a_pass_does_not_know_is_refused() -> None:
-    assert kept_formats(QuantizeRtn) == ("float", "int8", "int4", "int2")
+    assert kept_formats(QuantizeRtn) == ("float", "int8", "int4", "int2", "nvfp4", "mxfp4", "fp8")
     with pytest.raises(PassError, match=r"quantize_rtn: got the format 'int3' .* one of float, int8, int4, int2"):
         keep(QuantizeRtn(), LAYERS, "int3")
     assert kept_formats(QuantizeInt8) == ("float",)

@@ -314,3 +314,34 @@ def test_weights_with_nan_do_not_pass(workshop: Workshop, tmp_path: Path) -> Non
             step.ensures(before, after, ctx)
         for path in ctx.workdir.iterdir():
             path.unlink()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+def test_small_floats_have_no_zero_points(name: Any) -> None:
+    with pytest.raises(ValueError, match=f"symmetric: got false, expected true: {name} have no zero points"):
+        QuantizeRtn(format=name, symmetric=False, activations="float")
+
+
+def test_fp8_is_multiplied_in_float_alone() -> None:
+    with pytest.raises(ValueError, match="activations: got int8, expected float: no kernel multiplies fp8"):
+        QuantizeRtn(format="fp8")
+
+
+@pytest.mark.parametrize(("name", "largest"), [("nvfp4", 1 / 5), ("mxfp4", 1 / 4), ("fp8", 1 / 24)])
+def test_small_floats_are_near_their_weights(workshop: Workshop, name: Any, largest: float) -> None:
+    result = workshop.run("llama", QuantizeRtn(format=name, activations="float"))
+    before, specs = tensors_of(workshop.model("llama")), read_specs(result.model.folder)
+    assert {spec.format.name for spec in specs.values()} == {name}
+    for layer in LINEARS:
+        weight, form = before[f"{layer}.weight"], specs[layer].weight_format
+        stored = {leaf: tensors_of(result.model)[f"{layer}.{leaf}"] for leaf in form.shapes(1, 1)}
+        error = (form.load(stored, weight.shape[1]) - weight).abs().max() / weight.abs().max()
+        assert largest / 10 < error <= largest  # half of the last step: of 4 to 6, of 6 to 8, of 416 to 448
+
+
+def test_an_override_may_mix_small_floats_and_integers(workshop: Workshop) -> None:
+    step = QuantizeRtn(format="int4", overrides=(Override(layers="*.down_proj", format="nvfp4"),))
+    specs = read_specs(workshop.run("llama", step).model.folder)
+    assert {name: spec.format.name for name, spec in specs.items()} == {
+        name: "nvfp4" if name.endswith("down_proj") else "int4" for name in LINEARS
+    }

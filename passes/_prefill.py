@@ -50,13 +50,15 @@ def write_prefill(before: Path, after: Path, progress: Progress) -> int:
 
 
 def _products(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Yield the MatMulNBits that see every position: not the head's, whose rows are few."""
+    """Yield the MatMulNBits over constants that see every position: not the head's, whose rows are few."""
     behind = {value for value in graph.inputs if value.name == "logits_positions"}
     for node in graph:
         if any(value in behind for value in node.inputs):
             behind.update(node.outputs)
         elif node.op_type == "MatMulNBits" and node.attributes.get_int("bits") in CODES:
-            yield node
+            weight = node.inputs[1]
+            if weight is not None and weight.const_value is not None:  # else it is made at load, of 4-bit floats
+                yield node
 
 
 class _Product:

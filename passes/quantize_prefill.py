@@ -50,7 +50,7 @@ class QuantizePrefill(Pass):
 
         matched = write_prefill(model.folder, ctx.workdir, ctx.progress)
         if not matched:
-            raise PassError(f"{self.name()}: matched 0 products; quantize weights to 8 or 4 bits before it")
+            raise PassError(f"{self.name()}: matched 0 products; quantize weights to int8 or int4 before it")
         return PassResult(replace(model, folder=ctx.workdir), {"matched": matched})
 
     def ensures(self, before: Model, after: Model, ctx: Context) -> None:

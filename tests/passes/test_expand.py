@@ -23,6 +23,7 @@ from passes._graph import DATA, GRAPH, load_graph, save_graph, tidy
 from passes._match import Refusal
 from passes._pack import pack_linears
 from passes._parity import Probe, range_error
+from passes._prefill import _products
 from passes._quantized import LayerSpec, quantized, read_specs
 from passes._skeleton import Skeleton, build_module
 from passes._trace import trace_module
@@ -142,6 +143,10 @@ def test_layers_in_different_floats_are_not_joined(traced: Traced) -> None:
     graph = load_graph(traced.graph)
     with pytest.raises(Refusal, match="different formats: block_size 16, 32"):
         pack_linears(graph, [graph.graph.outputs[1], graph.graph.outputs[2]], "pair")
+
+
+def test_prompts_have_no_integers_to_make_of_small_floats(traced: Traced) -> None:
+    assert not list(_products(load_graph(traced.graph).graph))
 
 
 NVFP4, MXFP4 = (QuantizeRtn(format=name, embedding="int8", lm_head="int8") for name in ("nvfp4", "mxfp4"))

@@ -19,6 +19,8 @@ from optimizer.document import compose
 from optimizer.reader import Reader, is_required, recipe_fields
 from passes._override import Override
 from passes.base import ONNX, TORCH, BlockPass, Model, Pass
+from passes.quantize_prefill import QuantizePrefill
+from passes.quantize_rtn import QuantizeRtn
 
 PASSES = installed().passes
 LIBRARIES = (
@@ -39,13 +41,21 @@ EXAMPLES = {
     "fuse_rotary": "modernbert-sharp",
 }
 """What a pass is tried on where it finds nothing to do in a Llama."""
+QUICK: dict[str, dict[str, Any]] = {"quantize_autoround": {"steps": 2}}
+"""What need not take as long as it does by default."""
 every_pass = pytest.mark.parametrize("kind", PASSES.values(), ids=PASSES)
 
 
 def input_of(workshop: Workshop, kind: type[Pass]) -> Model:
     """Return a small model at the stage a pass reads."""
-    name = example(kind)
-    return workshop.model(name) if kind.reads == TORCH else workshop.run(name, EXPORT).model
+    return workshop.run(example(kind), *steps_before(kind)).model
+
+
+def steps_before(kind: type[Pass]) -> tuple[Pass, ...]:
+    """Return what is done before a pass to a model at stage torch."""
+    if kind.reads == TORCH:
+        return ()
+    return (QuantizeRtn(), EXPORT) if kind is QuantizePrefill else (EXPORT,)
 
 
 def example(kind: type[Pass]) -> str:
@@ -55,7 +65,8 @@ def example(kind: type[Pass]) -> str:
 
 def plain(kind: type[Pass]) -> Pass:
     """Return the pass with its defaults; what it requires is an entry of `data`."""
-    return kind(**{name: CALIBRATION for name, option in recipe_fields(kind).items() if is_required(option)})
+    required = {name: CALIBRATION for name, option in recipe_fields(kind).items() if is_required(option)}
+    return kind(**required, **QUICK.get(kind.name(), {}))
 
 
 def variants(kind: type[Pass]) -> Iterator[Pass]:
@@ -110,25 +121,22 @@ def test_a_pass_makes_the_same_bytes_each_time(workshop: Workshop, tmp_path: Pat
 
 
 def run_once(workshop: Workshop, model: Model, step: Pass) -> Model:
-    before = () if model.stage == TORCH else (EXPORT,)
-    return workshop.run(example(type(step)), *before, step).model
+    return workshop.run(example(type(step)), *steps_before(type(step)), step).model
 
 
 @every_pass
 def test_a_pass_changes_something_and_says_what(workshop: Workshop, kind: type[Pass]) -> None:
     model = input_of(workshop, kind)
-    before = () if model.stage == TORCH else (EXPORT,)
-    result = workshop.run(example(kind), *before, plain(kind))
+    result = workshop.run(example(kind), *steps_before(kind), plain(kind))
     assert max(result.changes.values()) > 0
     assert file_hashes(result.model.folder) != file_hashes(model.folder)
 
 
 @every_pass
 def test_an_estimate_agrees_with_what_is_done(workshop: Workshop, kind: type[Pass]) -> None:
-    before = () if kind.reads == TORCH else (EXPORT,)
-    estimate = workshop.estimate(example(kind), *before, plain(kind))[-1]
-    result = workshop.run(example(kind), *before, plain(kind))
-    pattern = "model.onnx*" if kind.writes == ONNX else "*.safetensors"
+    estimate = workshop.estimate(example(kind), *steps_before(kind), plain(kind))[-1]
+    result = workshop.run(example(kind), *steps_before(kind), plain(kind))
+    pattern = "*.onnx*" if kind.writes == ONNX else "*.safetensors"
     assert estimate.bytes == pytest.approx(
         sum(path.stat().st_size for path in result.model.folder.glob(pattern)), rel=0.02
     )

@@ -189,9 +189,8 @@ def test_encoders_are_refused(workshop: Workshop, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_families_without_the_operator_are_refused(workshop: Workshop, tmp_path: Path) -> None:
-    config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"], "vocab_size": 256, "hidden_size": 32}
-    config |= {"n_layer": 2, "n_head": 2}
-    model = replace(workshop.model("llama"), config=config)
+    config = transformers.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2)
+    model = save_model(transformers.BloomForCausalLM(config), tmp_path / "model")
     with pytest.raises(PassError, match="quantize_kv_cache: the attention of BloomForCausalLM does not become GroupQ"):
         KV.admits(model, workshop.context(tmp_path, model))
 

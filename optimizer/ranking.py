@@ -101,10 +101,11 @@ def quantizing_pass(recipe: Recipe, name: str | None = None) -> int:
     """
     from optimizer.catalogue import installed
 
-    places = [place for place, each in enumerate(recipe.passes) if isinstance(each, BlockPass)]
+    places = [place for place, each in enumerate(recipe.passes) if isinstance(each, BlockPass) and each.is_layerwise]
     names = [recipe.passes[place].name() for place in places]
     if not places:
-        known = [each for each, kind in installed().passes.items() if issubclass(kind, BlockPass)]
+        kinds = installed().passes.items()
+        known = [each for each, kind in kinds if issubclass(kind, BlockPass) and kind.is_layerwise]
         got = ", ".join(each.name() for each in recipe.passes)
         raise CommandError(f"passes: none quantizes layers, got {got}, expected {one_of(known)} among them")
     if name is not None and name not in names:

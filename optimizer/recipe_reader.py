@@ -314,7 +314,11 @@ class _RecipeReader:
         known = kept_formats(kind)
         if keep.format in known:
             return keep
-        expected = f"a format of {one_of(known)}" if known else f"another rung: {kind.name()} treats all layers alike"
+        expected = (
+            f"a format of {one_of(known)}"
+            if known
+            else f"another rung: {kind.name()} gives no single layer another format"
+        )
         return self.reader.mistake(node, join(where, "keep"), f"got the format {keep.format!r}, expected {expected}")
 
     def _pass(self, node: Node, where: str) -> tuple[type[Pass] | None, Any]:

@@ -29,7 +29,7 @@ from optimizer.statistics.clusters import sum_by_group
 from optimizer.statistics.ratio import document_deviation
 from optimizer.store import Entry, Store
 from passes._override import LayerFormat, Override
-from passes.base import Model, Pass, PassError, Progress, no_progress
+from passes.base import BlockPass, Model, Pass, PassError, Progress, no_progress
 
 if TYPE_CHECKING:
     from passes._sensitivity import Variant
@@ -156,8 +156,10 @@ def sensitivity(
 
 
 def kept_formats(kind: type[Pass]) -> tuple[str, ...]:
-    """Return the formats that a pass can give some of its layers, none for a pass that treats all alike."""
+    """Return the formats that a pass can give some of its layers, none where it cannot change one alone."""
     options = {option.name for option in fields(kind)}
+    if issubclass(kind, BlockPass) and not kind.is_layerwise:
+        return ()
     if "overrides" in options:
         return get_args(LayerFormat)
     return ("float",) if "exclude" in options else ()

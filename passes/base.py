@@ -170,10 +170,15 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPass(Pass):
-    """A pass at stage torch that changes one part of the model at a time, and needs the memory of one."""
+    """A pass at stage torch that changes one part of the model at a time, and needs the memory of one.
+
+    Attributes:
+        is_layerwise: any layer it changes may be taken back by itself, for nothing else was changed on its account.
+    """
 
     reads: ClassVar[Stage] = TORCH
     writes: ClassVar[Stage] = TORCH
+    is_layerwise: ClassVar[bool] = True
 
     def run_block(
         self, name: str, module: PreTrainedModel, ctx: Context

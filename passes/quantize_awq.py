@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from passes._quantizer import CalibratedQuantizer
 from passes.base import Context
@@ -39,6 +39,8 @@ SMALLEST = 1e-4
 @dataclass(frozen=True, kw_only=True)
 class QuantizeAwq(CalibratedQuantizer):
     """Scale the inputs that matter most up in the weights, then round to nearest."""
+
+    is_layerwise: ClassVar[bool] = False
 
     def quantize_block(self, block: CalibratedBlock, ctx: Context) -> Mapping[str, QuantizedLayer | torch.Tensor]:
         """Fold scales into the block's pairs one after the other, then clip and round its layers."""

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from passes._quantizer import require_texts
 from passes.base import BlockPass, Context, Estimate, Model, PassError, PassResult
@@ -33,6 +33,8 @@ SCALES = "cache_scales.json"
 @dataclass(frozen=True, kw_only=True)
 class QuantizeKvCache(BlockPass):
     """Keep keys and values in 8 bits."""
+
+    is_layerwise: ClassVar[bool] = False
 
     calibration: str = field(metadata={"help": "entry of `data` with texts that show the range", "names": "data"})
     samples: int = field(default=128, metadata={"help": "most calibration texts", "ge": 1})

@@ -11,6 +11,7 @@ from typing import Any, Final
 from runtime.server.answering import Usage
 
 _END: Final = b"}\n\n"
+_BREAKS: Final = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 class Frame:
@@ -65,10 +66,15 @@ class Frame:
 
 
 def encoded_text(text: str) -> bytes:
-    """Return a text as a JSON string."""
-    return encode_basestring(text).encode()
+    """Return a text as a JSON string that has no line break in anybody's eyes."""
+    return _one_line(encode_basestring(text))
 
 
 def encoded(value: object) -> bytes:
-    """Return a value as JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Return a value as JSON that has no line break in anybody's eyes."""
+    return _one_line(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+
+def _one_line(content: str) -> bytes:
+    """Escape what only some readers of lines take for an end of one: an event is cut at newlines, says its standard."""
+    return (content if content.isascii() else content.translate(_BREAKS)).encode()

@@ -91,8 +91,8 @@ def test_what_cannot_be_measured_is_said_before_any_work(
     project.recipe.write_text(whole.replace("  - quantize_rtn: {format: int8}\n", ""))
     assert said(project, capsys)[::2] == (
         2,
-        "passes: none quantizes layers, got export_onnx, fuse_norm, expected one of quantize_int8, quantize_rtn among "
-        "them\n",
+        "passes: none quantizes layers, got export_onnx, fuse_norm, expected one of quantize_autoround, quantize_gptq, "
+        "quantize_int8, quantize_mixed, quantize_rtn among them\n",
     )
     project.recipe.write_text(whole.partition("evaluate:")[0] + "passes:" + whole.partition("passes:")[2])
     assert said(project, capsys)[::2] == (

@@ -8,6 +8,8 @@ from optimizer.sensitivity import LayerDamage, Sensitivity, keep, kept_formats, 
 from passes._override import Override
 from passes.base import PassError
 from passes.export_onnx import ExportOnnx
+from passes.quantize_awq import QuantizeAwq
+from passes.quantize_gptq import QuantizeGptq
 from passes.quantize_int8 import QuantizeInt8
 from passes.quantize_rtn import QuantizeRtn
 
@@ -40,6 +42,8 @@ def test_a_format_that_a_pass_does_not_know_is_refused() -> None:
     assert kept_formats(ExportOnnx) == ()
     with pytest.raises(PassError, match=r"export_onnx: got the format 'float' .* expected none: it treats all alike"):
         keep(ExportOnnx(), LAYERS, "float")
+    assert kept_formats(QuantizeAwq) == ()  # what is folded into a norm is for all that read it
+    assert kept_formats(QuantizeGptq) == kept_formats(QuantizeRtn)
 
 
 def damaged(*formats: str) -> Sensitivity:

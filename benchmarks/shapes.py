@@ -55,6 +55,13 @@ class Shape:
         return sum(torch.Size(size).numel() for _, tensors in shards(self) for size in tensors.values())
 
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -101,13 +108,7 @@ SHAPES = {
             vocabulary=128256,
             context=131072,
             rope_theta=5e5,
-            rope_scaling={
-                "rope_type": "llama3",
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            rope_scaling=LLAMA3_ROPE,
         ),
         Shape(
             name="llama-3.2-3b",
@@ -122,13 +123,7 @@ SHAPES = {
             vocabulary=128256,
             context=131072,
             rope_theta=5e5,
-            rope_scaling={
-                "rope_type": "llama3",
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            rope_scaling=LLAMA3_ROPE,
         ),
     )
 }

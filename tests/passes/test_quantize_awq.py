@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CALIBRATION, TEXTS, Workshop, file_hashes, save_model, tiny_module
+from tiny_models import CALIBRATION, TEXTS, Workshop, file_hashes
 
 from passes._blockwise import CalibratedBlock
 from passes._errors import read_errors
@@ -53,22 +53,7 @@ class Watched(QuantizeAwq):
 @pytest.fixture(scope="module")
 def outliers(workshop: Workshop) -> Model:
     """The function of a tiny model, in which two channels of every norm are 100 times larger, and read as smaller."""
-
-    def make(folder: Path) -> Model:
-        module = tiny_module("llama")
-        with torch.no_grad():
-            for layer in module.model.layers:
-                for norm, readers in (
-                    (layer.input_layernorm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"]),
-                    (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-                ):
-                    norm.weight[[3, 40]] *= 100
-                    for reader in readers:
-                        reader.weight[:, [3, 40]] /= 100
-        return save_model(module, folder)
-
-    made: Model = workshop.once("outliers of awq", make)
-    return made
+    return workshop.with_outliers("llama", 100)
 
 
 def some(form: WeightFormat = INT4) -> Reader:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TEXTS, Workshop, save_model, tiny_module
+from tiny_models import TEXTS, Workshop, save_model
 from torch import nn
 
 from passes._orthogonal import Turn
@@ -165,17 +165,7 @@ def test_a_channel_that_is_only_added_to_is_refused() -> None:
 
 def test_outliers_no_longer_hurt_rounding(workshop: Workshop, tmp_path: Path) -> None:
     """Two channels stand out 100 times in every norm, and the weights that read them are as small."""
-    module = tiny_module("llama-untied")
-    with torch.no_grad():
-        for layer in module.model.layers:
-            for norm, readers in (
-                (layer.input_layernorm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"]),
-                (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-            ):
-                norm.weight[[3, 40]] *= 100
-                for reader in readers:
-                    reader.weight[:, [3, 40]] /= 100
-    model = workshop.once("rotated outliers", lambda folder: save_model(module, folder))
+    model = workshop.with_outliers("llama-untied", 100)
     want, errors = logits_of(model), []
     for steps in ((QuantizeRtn(group_size="channel"),), (ROTATE, QuantizeRtn(group_size="channel"))):
         made = model

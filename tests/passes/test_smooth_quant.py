@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import CALIBRATION, DECODER, ENCODER, TEXTS, Workshop, save_model, tiny_module
+from tiny_models import CALIBRATION, DECODER, ENCODER, TEXTS, Workshop, save_model
 from torch import nn
 
 from passes._pairs import Found, Pair, find_pairs
@@ -173,22 +173,7 @@ def test_a_four_by_four_pair_by_hand() -> None:
 @pytest.fixture(scope="module")
 def outliers(workshop: Workshop) -> Model:
     """A model with two channels that stand out 60 times in every norm, and the weights that read them as small."""
-
-    def make(folder: Path) -> Model:
-        module = tiny_module("llama")
-        with torch.no_grad():
-            for layer in module.model.layers:
-                for norm, readers in (
-                    (layer.input_layernorm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"]),
-                    (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-                ):
-                    norm.weight[[3, 40]] *= 60
-                    for reader in readers:
-                        reader.weight[:, [3, 40]] /= 60
-        return save_model(module, folder)
-
-    made: Model = workshop.once("outliers", make)
-    return made
+    return workshop.with_outliers("llama", 60)
 
 
 def test_smoothing_before_static_int8_brings_the_answers_nearer(

@@ -178,6 +178,25 @@ class Workshop:
         """Return one of `CONFIGURATIONS` at stage torch, in float32."""
         return self.once(name, lambda folder: save_model(tiny_module(name), folder))
 
+    def with_outliers(self, name: str, times: int) -> Model:
+        """Return a Llama whose function is kept, two channels of every norm so many times larger."""
+
+        def make(folder: Path) -> Model:
+            module = tiny_module(name)
+            with torch.no_grad():
+                for layer in module.model.layers:
+                    for norm, readers in (
+                        (layer.input_layernorm, [getattr(layer.self_attn, f"{x}_proj") for x in "qkv"]),
+                        (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+                    ):
+                        norm.weight[[3, 40]] *= times
+                        for reader in readers:
+                            reader.weight[:, [3, 40]] /= times
+            return save_model(module, folder)
+
+        made: Model = self.once(("outliers", name, times), make)
+        return made
+
     def run(self, name: str, *steps: Pass) -> PassResult:
         """Return what the last of `steps` makes of a model; `requires` and `ensures` are not asked."""
         result = PassResult(self.model(name), {})
